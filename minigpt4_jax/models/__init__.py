@@ -1,0 +1,1 @@
+"""The model as pure functions of `params`. No files, text, meshes, logging, sampling or devices."""

@@ -1,0 +1,49 @@
+"""`attend`, the only attention of the project, and the masks it takes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minigpt4_jax.dims import Mask
+
+
+def attend(
+    q: Float[Array, "B Sq N H"],
+    k: Float[Array, "B Sk K H"],
+    v: Float[Array, "B Sk K H"],
+    *,
+    mask: Mask | None,
+) -> Float[Array, "B Sq N H"]:
+    """Scaled dot-product attention, grouped-query when `K < N` (Vaswani 1706.03762; Ainslie 2305.13245).
+
+    Scores are scaled by `H ** -0.5`; the softmax is reduced in float32. Query head `n` reads key head
+    `n // (N // K)`, as in `repeat_kv` of the reference.
+
+    Args:
+        mask: True = attend; None = everything. A row without any True gives the mean of all values.
+
+    Returns:
+        The attended values in the dtype of `v`.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = (q * head_dim**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bqkgh,bskh->bkgqs", grouped, k).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgqs,bskh->bqkgh", weights, v).reshape(batch, length, heads, head_dim)
+
+
+def make_causal_mask(attention_mask: Bool[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Token `q` sees token `s` when `s <= q` and `s` counts."""
+    length = attention_mask.shape[-1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return causal[None] & attention_mask[:, None, :]
+
+
+def make_cache_mask(positions: Int[Array, "B Sq"], num_slots: int) -> Bool[Array, "B Sq Sk"]:
+    """Token at position `p` sees the cache slots 0..p: slot and position are the same number."""
+    return jnp.arange(num_slots)[None, None, :] <= positions[:, :, None]

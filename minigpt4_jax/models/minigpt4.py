@@ -1,0 +1,195 @@
+"""MiniGPT-4, the composition: pictures -> image tower -> `ln_vision` -> patch groups -> `llama_proj` -> LLaMA.
+
+Ported from `minigpt4/models/minigpt4.py` and `minigpt_base.py`, the path without a Q-Former (the Q-Former will sit
+between `ln_vision` and `llama_proj`). Differences: text never enters here; a prompt is ids in which `IMAGE_TOKEN_ID`
+marks one slot per image token, so shapes are static; padding is masked instead of shuffled behind the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from minigpt4_jax.dims import Embeds, Images, Mask, TokenIds
+from minigpt4_jax.models.attention import make_causal_mask
+from minigpt4_jax.models.eva_vit import EvaVit
+from minigpt4_jax.models.kv_cache import KVCache
+from minigpt4_jax.models.layers import Dense, LayerNorm
+from minigpt4_jax.models.layout import DISK, Layout
+from minigpt4_jax.models.llama import Llama
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Batch:
+    """What `forward` reads. Rows are padded on either side; the pictures of a row are in prompt order."""
+
+    token_ids: TokenIds
+    attention_mask: Bool[Array, "B S"]
+    images: Float[Array, "B N height width 3"]
+    """`N` pictures per row, normalised; rows with fewer are padded with anything."""
+
+
+@flax.struct.dataclass
+class Output:
+    """What `forward` returns."""
+
+    logits: Float[Array, "B S V"]
+    hidden: dict[str, Array]
+    """The hidden states that were asked for, by name (see `HIDDEN`)."""
+
+
+HIDDEN = {
+    "vit.blocks": "[L, I, 1+P, C] residual stream after every block of the image tower",
+    "ln_vision": "[I, 1+P, C] image tokens after ln_vision, class token first",
+    "image_embeds": "[I, T, D] what llama_proj hands to the language model",
+    "inputs_embeds": "[B, S, D] the mixed embedding of the prompt",
+    "llama.layers": "[L, B, S, D] residual stream after every layer of the language model",
+    "llama.norm": "[B, S, D] after the final norm",
+}
+"""Names that `forward(capture=...)` understands, and what they are."""
+
+
+class MiniGPT4(nn.Module):
+    """The whole model. Every method is pure: `model.apply({"params": params}, ..., method=...)`."""
+
+    config: ModelConfig
+    layout: Layout
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.vit = EvaVit(cfg.vit, self.layout.stacked, self.dtype)
+        self.ln_vision = LayerNorm(cfg.ln_vision_eps, self.dtype)
+        self.llama_proj = Dense(cfg.llama.width, True, self.dtype)
+        self.llama = Llama(cfg.llama, self.layout.stacked, self.layout.fused, self.dtype)
+
+    def encode_vision(
+        self, images: Images
+    ) -> tuple[Float[Array, "I P C"], Float[Array, "L I P C"]]:
+        """The frozen part of the image path: tokens after `ln_vision` (class token first), and every block."""
+        tokens, states = self.vit(images)
+        return self.ln_vision(tokens), states
+
+    def project(self, tokens: Float[Array, "I P C"]) -> Float[Array, "I T D"]:
+        """The trained part: drops the class token, joins neighbouring patches in raster order, projects.
+
+        A group is `patches_per_token` consecutive patches of one row (not a square block), as in `encode_img` of the
+        original.
+        """
+        patches = tokens[:, 1:]
+        grouped = patches.reshape(patches.shape[0], -1, self.config.projection_in)
+        return self.llama_proj(grouped)
+
+    def encode_images(self, images: Images) -> Float[Array, "I T D"]:
+        """Pictures to embeddings in the language model's space."""
+        return self.project(self.encode_vision(images)[0])
+
+    def embed_prompt(
+        self, token_ids: TokenIds, image_embeds: Float[Array, "B R D"] | None
+    ) -> Embeds:
+        """Embeds a prompt: slot `IMAGE_TOKEN_ID` number `r` of a row receives row `r` of its image embeddings."""
+        embeds = self.llama.embed(token_ids)
+        if image_embeds is None:
+            return embeds
+        is_image = token_ids == IMAGE_TOKEN_ID
+        rank = jnp.cumsum(is_image, axis=1) - 1
+        rank = jnp.clip(rank, 0, image_embeds.shape[1] - 1)
+        scattered = jnp.take_along_axis(image_embeds.astype(self.dtype), rank[:, :, None], axis=1)
+        return jnp.where(is_image[:, :, None], scattered, embeds)
+
+    def decode(
+        self,
+        embeds: Embeds,
+        *,
+        positions: Int[Array, "B S"],
+        mask: Mask,
+        caches: KVCache | None,
+    ) -> tuple[Embeds, KVCache | None, Float[Array, "L B S D"]]:
+        """The language model's layers and final norm; see `Llama.__call__`."""
+        return self.llama(embeds, positions=positions, mask=mask, caches=caches)
+
+    def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits in float32."""
+        return self.llama.head(hidden)
+
+    def __call__(self, batch: Batch) -> tuple[Float[Array, "B S V"], dict[str, Array]]:
+        rows, per_row = batch.images.shape[:2]
+        vision, vit_states = self.encode_vision(batch.images.reshape(-1, *batch.images.shape[2:]))
+        image_embeds = self.project(vision)
+        embeds = self.embed_prompt(
+            batch.token_ids, image_embeds.reshape(rows, -1, image_embeds.shape[-1])
+        )
+        positions = make_positions(batch.attention_mask)
+        mask = make_causal_mask(batch.attention_mask)
+        hidden, _, states = self.decode(embeds, positions=positions, mask=mask, caches=None)
+        named = {
+            "vit.blocks": vit_states,
+            "ln_vision": vision,
+            "image_embeds": image_embeds,
+            "inputs_embeds": embeds,
+            "llama.layers": states,
+            "llama.norm": hidden,
+        }
+        return self.head(hidden), named
+
+
+def make_positions(attention_mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Positions that count only real tokens, so that left and right padding read alike."""
+    return jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+
+
+def make_model(config: ModelConfig, *, layout: Layout, dtype: DTypeLike) -> MiniGPT4:
+    """The linen module for parameters in `layout`, computing in `dtype`."""
+    return MiniGPT4(config, layout, dtype)
+
+
+def forward(
+    params: Params, batch: Batch, *, model: MiniGPT4, capture: Sequence[str] = ()
+) -> Output:
+    """The whole model as one pure function: pictures and prompt in, logits at every position out.
+
+    Args:
+        params: a full tree in the layout of `model`.
+        batch: see `Batch`. Every row has exactly `N * num_image_tokens` placeholders, or fewer for padded pictures.
+        model: from `make_model`; static under jit.
+        capture: names from `HIDDEN` to return beside the logits.
+
+    Raises:
+        ValueError: `capture` has an unknown name.
+    """
+    unknown = sorted(set(capture) - set(HIDDEN))
+    if unknown:
+        raise ValueError(f"Unknown hidden states {unknown}; expected any of {sorted(HIDDEN)}.")
+    logits, hidden = model.apply({"params": params}, batch)
+    return Output(logits=logits, hidden={name: hidden[name] for name in capture})
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters in the `DISK` layout: for tests and full-size dry runs, not for training."""
+    model = make_model(config, layout=DISK, dtype=jnp.float32)
+    size = config.vit.image_size
+    batch = Batch(
+        token_ids=jnp.zeros((1, 1), jnp.int32),
+        attention_mask=jnp.ones((1, 1), bool),
+        images=jnp.zeros((1, 1, size, size, 3)),
+    )
+    params: Params = model.init(key, batch)["params"]
+    return params
+
+
+@functools.cache
+def abstract_params(config: ModelConfig) -> Params:
+    """Names, shapes and dtypes (float32) of the `DISK` layout, without allocating anything."""
+    params: Params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return params

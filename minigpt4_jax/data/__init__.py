@@ -1,0 +1,1 @@
+"""Everything between files and NumPy batches: tokens, prompts, pictures, data sets. Never JAX, never a device."""

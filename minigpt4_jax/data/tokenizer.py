@@ -1,0 +1,212 @@
+"""Text to token ids and back, over a Hugging Face `tokenizer.json`.
+
+For: encoding text that people typed, naming control tokens, and decoding ids one at a time while an answer is
+being generated. Not for: prompt layout (`prompts.py`), nor for making a `tokenizer.json` (`convert/`).
+
+Differs from the original, which encodes through the slow LLaMA tokenizer of transformers: there a `<s>` or `</s>`
+inside typed text becomes the control token. Here text is always plain text, and a control token enters a prompt
+only when a template names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from minigpt4_jax.config import UserError
+
+# (bos, eos, pad) of the families we know; used when no `tokenizer_config.json` lies beside the file.
+_CONVENTIONS: tuple[tuple[str, str, str | None], ...] = (
+    ("<|im_start|>", "<|im_end|>", "<|im_end|>"),
+    ("<s>", "</s>", None),
+)
+_REPLACEMENT = "\ufffd"
+_KEEP_IDS = 8  # context that a trimmed StreamDecoder keeps: more tokens than one character ever has
+_TRIM_IDS = 64
+_MAX_HELD = 16  # replacement characters held back before they count as really invalid bytes
+
+
+class Tokenizer:
+    """A tokenizer with plain-text encoding and named control tokens. Make one with `load_tokenizer`."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        pad_token: str | None,
+    ) -> None:
+        # Control tokens spelled out in text are encoded as the ordinary characters they are.
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._special = {
+            token.content: token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._bos_token, self._eos_token, self._pad_token = bos_token, eos_token, pad_token
+        for role, token in (("bos", bos_token), ("eos", eos_token), ("pad", pad_token)):
+            if token is not None and backend.token_to_id(token) is None:
+                raise UserError(
+                    f"The tokenizer's {role} token {token!r} is not in its vocabulary of "
+                    f"{self.vocab_size} tokens; expected a tokenizer.json and a tokenizer_config.json "
+                    "that belong together. Fetch or convert both again."
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_id(self) -> int:
+        """Id that starts a sequence. Raises `UserError` when the tokenizer names none."""
+        return self._role_id("bos", self._bos_token)
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends an answer. Raises `UserError` when the tokenizer names none."""
+        return self._role_id("eos", self._eos_token)
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills unused places. Raises `UserError` when the tokenizer names none."""
+        return self._role_id("pad", self._pad_token)
+
+    def _role_id(self, role: str, token: str | None) -> int:
+        if token is None:
+            raise UserError(
+                f"The tokenizer names no {role} token; expected `{role}_token` in a tokenizer_config.json "
+                "beside the tokenizer.json, or as an argument of load_tokenizer."
+            )
+        return int(self._backend.token_to_id(token))
+
+    def special(self, name: str) -> int:
+        """Id of the control token spelled `name`, such as `<|im_end|>`. Raises `UserError` for any other text."""
+        if name not in self._special:
+            known = ", ".join(sorted(self._special)) or "none"
+            raise UserError(
+                f"The tokenizer has no control token {name!r}; expected one of: {known}. "
+                "Is this template meant for another model?"
+            )
+        return self._special[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no control tokens, neither added nor recognised in `text`."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once, on several threads."""
+        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(encoding.ids) for encoding in batch]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`. Control tokens leave no text unless `skip_special` is false; bytes that are not UTF-8
+        become U+FFFD. Raises `ValueError` for an id outside the vocabulary."""
+        ids = [int(token_id) for token_id in ids]
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"Token id {token_id} is outside the vocabulary; expected 0 to {self.vocab_size - 1}. "
+                    "Image placeholders have no text: leave them out before decoding."
+                )
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A new `StreamDecoder` over this tokenizer."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Turns generated ids into text as they come, never giving out half a UTF-8 character.
+
+    The pieces joined, with `flush()` at the end, are `tokenizer.decode(all ids)`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0  # characters of decode(self._ids) that were handed out
+
+    def feed(self, token_id: int) -> str:
+        """Takes the next id and returns the text that is now certain: often a word, sometimes ''."""
+        self._ids.append(int(token_id))
+        text = self._tokenizer.decode(self._ids)
+        certain = text.rstrip(_REPLACEMENT)
+        if len(text) - len(certain) > _MAX_HELD:
+            certain = text[
+                : len(text) - 3
+            ]  # a character has four bytes, so only three can still be open
+        piece = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        if len(self._ids) >= _TRIM_IDS and self._given == len(text):
+            self._ids = self._ids[-_KEEP_IDS:]
+            self._given = len(self._tokenizer.decode(self._ids))
+        return piece
+
+    def flush(self) -> str:
+        """Returns what was still held back; an unfinished character becomes U+FFFD. The decoder starts afresh."""
+        piece = self._tokenizer.decode(self._ids)[self._given :]
+        self._ids, self._given = [], 0
+        return piece
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+) -> Tokenizer:
+    """Reads a `tokenizer.json`, or a folder that holds one.
+
+    The bos, eos and pad tokens are the arguments; where those are None, those of a `tokenizer_config.json` beside
+    the file; where there is none, the ones that ChatML or LLaMA vocabularies have by convention.
+    Raises `UserError` when the file is missing or cannot be read.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"There is no tokenizer at {file}; expected a Hugging Face tokenizer.json.")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises the bare Exception class
+        raise UserError(
+            f"{file} is not a tokenizer.json that can be read ({error}). Fetch or convert it again."
+        ) from error
+    named = _named_tokens(file.with_name("tokenizer_config.json"))
+    if not named:
+        for bos, eos, pad in _CONVENTIONS:
+            if backend.token_to_id(bos) is not None and backend.token_to_id(eos) is not None:
+                named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+                break
+    return Tokenizer(
+        backend,
+        bos_token=bos_token or named.get("bos_token"),
+        eos_token=eos_token or named.get("eos_token"),
+        pad_token=pad_token or named.get("pad_token"),
+    )
+
+
+def _named_tokens(config_file: Path) -> dict[str, str | None]:
+    if not config_file.is_file():
+        return {}
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{config_file} is not JSON ({error}). Fetch or convert it again."
+        ) from error
+    named: dict[str, str | None] = {}
+    for role in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(role)
+        # Older files hold the token as an object with its text under "content".
+        named[role] = token.get("content") if isinstance(token, dict) else token
+    return named

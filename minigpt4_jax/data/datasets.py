@@ -192,7 +192,8 @@ class Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch: Batch = next(self._iterator)
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position after the batch that was returned last."""

@@ -50,14 +50,18 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         }
-        self._bos_token, self._eos_token, self._pad_token = bos_token, eos_token, pad_token
+        self._role_ids: dict[str, int] = {}
         for role, token in (("bos", bos_token), ("eos", eos_token), ("pad", pad_token)):
-            if token is not None and backend.token_to_id(token) is None:
+            if token is None:
+                continue
+            token_id = backend.token_to_id(token)
+            if token_id is None:
                 raise UserError(
-                    f"The tokenizer's {role} token {token!r} is not in its vocabulary of "
-                    f"{self.vocab_size} tokens; expected a tokenizer.json and a tokenizer_config.json "
-                    "that belong together. Fetch or convert both again."
+                    f"The tokenizer's {role} token {token!r} is not in its vocabulary of {self.vocab_size} tokens; "
+                    "expected a tokenizer.json and a tokenizer_config.json that belong together. Fetch or convert "
+                    "both again."
                 )
+            self._role_ids[role] = token_id
 
     @property
     def vocab_size(self) -> int:
@@ -67,25 +71,25 @@ class Tokenizer:
     @property
     def bos_id(self) -> int:
         """Id that starts a sequence. Raises `UserError` when the tokenizer names none."""
-        return self._role_id("bos", self._bos_token)
+        return self._role_id("bos")
 
     @property
     def eos_id(self) -> int:
         """Id that ends an answer. Raises `UserError` when the tokenizer names none."""
-        return self._role_id("eos", self._eos_token)
+        return self._role_id("eos")
 
     @property
     def pad_id(self) -> int:
         """Id that fills unused places. Raises `UserError` when the tokenizer names none."""
-        return self._role_id("pad", self._pad_token)
+        return self._role_id("pad")
 
-    def _role_id(self, role: str, token: str | None) -> int:
-        if token is None:
+    def _role_id(self, role: str) -> int:
+        if role not in self._role_ids:
             raise UserError(
                 f"The tokenizer names no {role} token; expected `{role}_token` in a tokenizer_config.json "
                 "beside the tokenizer.json, or as an argument of load_tokenizer."
             )
-        return int(self._backend.token_to_id(token))
+        return self._role_ids[role]
 
     def special(self, name: str) -> int:
         """Id of the control token spelled `name`, such as `<|im_end|>`. Raises `UserError` for any other text."""

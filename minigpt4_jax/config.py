@@ -10,8 +10,13 @@ unknown key is an error.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 IMAGE_TOKEN_ID = -1
 """The id that stands for one image token in a prompt. No vocabulary has it, so typed text can never become it."""
@@ -216,6 +221,171 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "save_every", "log_every", "max_to_keep")
         if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"dtype is {self.dtype!r}; expected one of auto, float32, bfloat16.")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+Schema = TypeVar("Schema")
+
+
+def load(
+    schema: type[Schema], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+) -> Schema:
+    """Builds `schema` from its defaults, then the YAML file, then `key=value` overrides, the last word winning.
+
+    Args:
+        schema: a frozen dataclass; its fields may be dataclasses, `dict[str, Dataclass]`, numbers, strings, `Literal`
+            and tuples of plain values (`tuple[Dataclass, ...]` would go through unchecked, so it has no place here).
+        path: YAML file, or None for the defaults alone.
+        overrides: dotted keys with YAML values, such as `optimizer.max_steps=100` or `data.prompts=[a, b]`.
+
+    Raises:
+        UserError: every unknown key (with the closest known one), wrong type and missing value, in one message.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    sources = [(str(path), _read_yaml(path))] if path is not None else []
+    sources += [(f"override {text!r}", _read_override(text)) for text in overrides]
+    merged = OmegaConf.structured(schema)
+    problems = []
+    for source, values in sources:
+        for key, value in _leaves(values, schema):
+            hint = _hint(schema, key)
+            if hint is None:
+                problems.append(f"{source}: unknown key {key!r}.{_suggest(key, schema)}")
+                continue
+            try:
+                if hint is str and isinstance(value, bool):
+                    raise ValueError
+                merged = OmegaConf.merge(merged, _nest(key, value))
+            except (OmegaConfBaseException, ValueError, TypeError) as error:
+                # Only OmegaConf sees an unknown key inside a `dict[str, Dataclass]`.
+                detail = f" ({str(error).splitlines()[0]})" if get_origin(hint) is dict else ""
+                problems.append(
+                    f"{source}: {key} is {value!r}; expected {_type_name(hint)}.{detail}"
+                )
+    if problems:
+        raise UserError("\n".join(problems))
+    where = path or "the command line"
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
             raise UserError(
-                f"dtype is {self.dtype!r}; expected one of auto, float32, bfloat16."
+                "\n".join(
+                    f"{where}: {key} is not set and has no default; expected "
+                    f"{_type_name(_hint(schema, key))}. Add {key}=... to the command."
+                    for key in missing
+                )
             )
+        return cast(Schema, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: object) -> str:
+    """The whole configuration as YAML that `load` reads back to an equal one (for `--print-config`)."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(Path(path)), resolve=False)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no configuration file {str(path)!r}.") from error
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a list; expected lines of the form `key: value`.")
+    return {str(key): value for key, value in values.items()}
+
+
+def _read_override(text: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    key, equals, _ = text.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"{text!r} is not an override; expected key=value, without dashes.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+    except YAMLError as error:
+        raise UserError(f"The value in {text!r} is not YAML; quote it. ({error})") from error
+    return cast(dict[str, Any], values)
+
+
+def _leaves(values: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every entry, down to what is not a dataclass of the schema."""
+    hints = get_type_hints(schema)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and dataclasses.is_dataclass(hints.get(str(name))):
+            yield from _leaves(value, hints[str(name)], f"{key}.")
+        else:
+            yield key, value
+
+
+def _hint(schema: Any, key: str) -> Any:
+    """The type of a dotted key, or None where the schema has no such key."""
+    hint = schema
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return None
+        hint = get_type_hints(hint).get(name)
+    return hint
+
+
+def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _known_keys(hint, f"{prefix}{name}.")
+
+
+def _suggest(key: str, schema: Any) -> str:
+    known = {full: full.rpartition(".")[2] for full in _known_keys(schema)}
+    known = {full: name for full, name in known.items() if not key.startswith(f"{full}.")}
+    last = key.rpartition(".")[2]
+    close = [full for full, name in known.items() if name == last]  # right name, wrong section
+    close += difflib.get_close_matches(key, known, n=1)
+    names = difflib.get_close_matches(last, known.values(), n=1)
+    close += [full for full, name in known.items() if name in names]
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" The keys here are {', '.join(get_type_hints(schema))}."
+
+
+def _nest(key: str, value: Any) -> Any:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    """A type in the words of somebody who writes YAML."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in names:
+        return names[hint]
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return "one of " + ", ".join(str(value) for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is tuple:
+        items = [_type_name(argument) for argument in arguments if argument is not ...]
+        if ... in arguments:
+            return f"a list such as [a, b] whose items are {items[0]}"
+        return f"a list of {len(items)}: {', '.join(items)}"
+    if origin is dict:
+        return f"`name: value` lines whose values are {_type_name(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section with the keys " + ", ".join(get_type_hints(hint))
+    return str(hint)

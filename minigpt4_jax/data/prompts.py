@@ -154,8 +154,10 @@ LLAMA2 = Template(
     train_suffix=(" [/INST] ",),
     end_symbol=(Special("</s>"),),
     stop_tokens=("</s>",),
-    stop_strings=(),
-    answer_after=None,
+    stop_strings=(
+        "###",
+    ),  # the original's chat stops and cleans every template as it does Vicuna's
+    answer_after="Assistant:",
     reuse_answer_ids=False,
 )
 

@@ -13,16 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from minigpt4_jax.config import UserError
 
-# (bos, eos, pad) of the families we know; used when no `tokenizer_config.json` lies beside the file.
-_CONVENTIONS: tuple[tuple[str, str, str | None], ...] = (
-    ("<|im_start|>", "<|im_end|>", "<|im_end|>"),
-    ("<s>", "</s>", None),
-)
 _REPLACEMENT = "\ufffd"
 _KEEP_IDS = 8  # context that a trimmed StreamDecoder keeps: more tokens than one character ever has
 _TRIM_IDS = 64
@@ -87,7 +83,7 @@ class Tokenizer:
         if role not in self._role_ids:
             raise UserError(
                 f"The tokenizer names no {role} token; expected `{role}_token` in a tokenizer_config.json "
-                "beside the tokenizer.json, or as an argument of load_tokenizer."
+                "beside the tokenizer.json."
             )
         return self._role_ids[role]
 
@@ -161,18 +157,11 @@ class StreamDecoder:
         return piece
 
 
-def load_tokenizer(
-    path: str | Path,
-    *,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
-    pad_token: str | None = None,
-) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`, or a folder that holds one.
 
-    The bos, eos and pad tokens are the arguments; where those are None, those of a `tokenizer_config.json` beside
-    the file; where there is none, the ones that ChatML or LLaMA vocabularies have by convention.
-    Raises `UserError` when the file is missing or cannot be read.
+    The bos, eos and pad tokens are those of the `tokenizer_config.json` beside it; without one there are none.
+    Raises `UserError` when a file is missing, cannot be read, or the two do not belong together.
     """
     file = Path(path)
     if file.is_dir():
@@ -185,29 +174,18 @@ def load_tokenizer(
         raise UserError(
             f"{file} is not a tokenizer.json that can be read ({error}). Fetch or convert it again."
         ) from error
-    named = _named_tokens(file.with_name("tokenizer_config.json"))
-    if not named:
-        for bos, eos, pad in _CONVENTIONS:
-            if backend.token_to_id(bos) is not None and backend.token_to_id(eos) is not None:
-                named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-                break
-    return Tokenizer(
-        backend,
-        bos_token=bos_token or named.get("bos_token"),
-        eos_token=eos_token or named.get("eos_token"),
-        pad_token=pad_token or named.get("pad_token"),
-    )
+    return Tokenizer(backend, **_named_tokens(file.with_name("tokenizer_config.json")))
 
 
 def _named_tokens(config_file: Path) -> dict[str, str | None]:
-    if not config_file.is_file():
-        return {}
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{config_file} is not JSON ({error}). Fetch or convert it again."
-        ) from error
+    config: dict[str, Any] = {}
+    if config_file.is_file():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{config_file} is not JSON ({error}). Fetch or convert it again."
+            ) from error
     named: dict[str, str | None] = {}
     for role in ("bos_token", "eos_token", "pad_token"):
         token = config.get(role)

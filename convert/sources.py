@@ -1,0 +1,310 @@
+"""Files of tensors behind one small protocol: names, shapes and one array at a time.
+
+For: GGUF, ONNX, safetensors (one file or a sharded folder), PyTorch pickles, and plain dicts for tests.
+Not for: what the tensors mean (the tables do that) and not for writing.
+
+Differs from the PyTorch original, which reads whole pickles into memory: GGUF and safetensors are mapped, and a tensor
+is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from minigpt4_jax.config import UserError
+
+Array = npt.NDArray[Any]
+
+
+class TensorSource(Protocol):
+    """A set of named tensors. `get` returns a float array in the source's dtype (quantised ones as float32)."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says about itself; empty where the format has none."""
+
+    def describe(self) -> str:
+        """The file, in the words of an error message."""
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors, in the file's order."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the values."""
+
+    def get(self, name: str) -> Array:
+        """Reads one tensor."""
+
+
+class ArraySource:
+    """A dict of arrays: tests, and formats that are small enough to be read at once."""
+
+    def __init__(
+        self, arrays: Mapping[str, Array], *, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self._arrays = dict(arrays)
+        self.metadata: Mapping[str, Any] = metadata or {}
+
+    def describe(self) -> str:
+        return "The dict of arrays"
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._arrays[name].shape)
+
+    def get(self, name: str) -> Array:
+        return self._arrays[name]
+
+
+class GgufSource:
+    """A GGUF file (llama.cpp). Every block type that the `gguf` package knows is dequantised to float32."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        self._path = path
+        self._gguf = gguf
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"{path} is not a whole GGUF file ({error}). Fetch it again."
+            ) from error
+        self._tensors = {t.name: t for t in self._reader.tensors}
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        return {key: f.contents() for key, f in self._reader.fields.items()}
+
+    def describe(self) -> str:
+        return str(self._path)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        # GGUF counts axes from the fastest one.
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def get(self, name: str) -> Array:
+        tensor = self._tensors[name]
+        values: Array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
+        return values.astype(np.float32, copy=False).reshape(self.shape(name))
+
+
+class OnnxSource:
+    """The initializers of an ONNX graph.
+
+    Exporters rename constant-folded tensors to `onnx::MatMul_1966`: a number that the next export changes. Such a
+    tensor is offered under the path of the node that uses it (`/backbone/encoder/layer.0/mlp/fc1/MatMul`), with the
+    input's number behind a colon where one node uses several.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        self._path = path
+        try:
+            model = onnx.load(str(path))
+        except DecodeError as error:
+            raise UserError(
+                f"{path} is not a whole ONNX file ({error}). Fetch it again."
+            ) from error
+        self._onnx = onnx
+        self.metadata: Mapping[str, Any] = {p.key: p.value for p in model.metadata_props}
+        anonymous = {
+            t.name: t for t in model.graph.initializer if re.fullmatch(r"onnx::.*", t.name)
+        }
+        self._tensors = {
+            t.name: t for t in model.graph.initializer if t.name not in anonymous
+        } | self._by_node(model.graph.node, anonymous)
+
+    def _by_node(self, nodes: Any, anonymous: dict[str, Any]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        waiting = dict(anonymous)
+        for node in nodes:
+            used = [k for k, name in enumerate(node.input) if name in anonymous]
+            for k in used:
+                tensor = waiting.pop(node.input[k], None)
+                if tensor is None:
+                    continue  # shared with an earlier node: it keeps that name
+                name = node.name if len(used) == 1 else f"{node.name}:{k}"
+                if not node.name or name in named:
+                    raise UserError(
+                        f"{self._path}: the tensor {tensor.name!r} has no stable name, and neither has the "
+                        f"{node.op_type} node that uses it. Export the graph again with node names."
+                    )
+                named[name] = tensor
+        return named | waiting
+
+    def describe(self) -> str:
+        return str(self._path)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].dims)
+
+    def get(self, name: str) -> Array:
+        array: Array = self._onnx.numpy_helper.to_array(self._tensors[name])
+        return array
+
+
+class SafetensorsSource:
+    """A safetensors file, or a folder of shards with its `model.safetensors.index.json`."""
+
+    INDEX = "model.safetensors.index.json"
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._path = path
+        self._files: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
+        shards, indexed = _shards(path, self.INDEX)
+        for shard in shards:
+            try:
+                file = safe_open(shard, framework="numpy")
+            except SafetensorError as error:
+                raise UserError(
+                    f"{shard} is not a whole safetensors file ({error}). Fetch it again."
+                ) from error
+            metadata |= file.metadata() or {}
+            self._files |= dict.fromkeys(file.keys(), file)
+        self.metadata: Mapping[str, Any] = metadata
+        _check_index(path, indexed, set(self._files))
+
+    def describe(self) -> str:
+        return str(self._path)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def get(self, name: str) -> Array:
+        array: Array = self._files[name].get_tensor(name)
+        return array
+
+
+class TorchSource:
+    """A PyTorch pickle (`.pth`, `.bin`), or a folder of shards with its `pytorch_model.bin.index.json`.
+
+    Needs torch, which is not a requirement of this project: today only the parity tests read such files. A `model`
+    entry at the top (files of the original trainer, of BLIP-2) is opened; its neighbours (optimizer, epoch) are not
+    weights and are left alone.
+    """
+
+    INDEX = "pytorch_model.bin.index.json"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError(
+                f"{path} is a PyTorch pickle and reading one needs torch, which is not installed. "
+                "Install torch, or use a safetensors copy of the file."
+            ) from error
+
+        self._path = path
+        self.metadata: Mapping[str, Any] = {}
+        self._tensors: dict[str, Any] = {}
+        shards, indexed = _shards(path, self.INDEX)
+        for shard in shards:
+            loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+            loaded = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
+            self._tensors |= loaded
+        _check_index(path, indexed, set(self._tensors))
+
+    def describe(self) -> str:
+        return str(self._path)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def get(self, name: str) -> Array:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
+            import ml_dtypes
+
+            bits: Array = tensor.contiguous().view(torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        array: Array = tensor.numpy()
+        return array
+
+
+def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | TorchSource:
+    """Opens a file by its ending, or a Hugging Face folder by what lies in it.
+
+    Raises:
+        UserError: nothing there, or no format that is known here.
+    """
+    if not path.exists():
+        raise UserError(f"There is no {path}; expected a weight file or a Hugging Face folder.")
+    if path.is_dir():
+        if (path / SafetensorsSource.INDEX).exists():
+            return SafetensorsSource(path)
+        if (path / "model.safetensors").exists():
+            return SafetensorsSource(path / "model.safetensors")
+        if (path / TorchSource.INDEX).exists():
+            return TorchSource(path)
+        if (path / "pytorch_model.bin").exists():
+            return TorchSource(path / "pytorch_model.bin")
+        raise UserError(
+            f"The folder {path} holds no weights: expected model.safetensors, pytorch_model.bin, or shards with "
+            f"{SafetensorsSource.INDEX} or {TorchSource.INDEX}."
+        )
+    readers = {
+        ".gguf": GgufSource,
+        ".onnx": OnnxSource,
+        ".safetensors": SafetensorsSource,
+        ".pth": TorchSource,
+        ".pt": TorchSource,
+        ".bin": TorchSource,
+    }
+    if path.suffix not in readers:
+        raise UserError(
+            f"{path} ends in {path.suffix!r}; expected one of {', '.join(readers)} or a folder."
+        )
+    return readers[path.suffix](path)
+
+
+def _shards(path: Path, index: str) -> tuple[list[Path], set[str] | None]:
+    """The files to read, and the tensor names that the index promises (None without an index)."""
+    if not path.is_dir():
+        return [path], None
+    weight_map: dict[str, str] = json.loads((path / index).read_text())["weight_map"]
+    shards = [path / name for name in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        raise UserError(
+            f"{path / index} names {len(shards)} shards, these are not there: {', '.join(missing)}. Fetch them too."
+        )
+    return shards, set(weight_map)
+
+
+def _check_index(path: Path, indexed: set[str] | None, found: set[str]) -> None:
+    if indexed is None or indexed == found:
+        return
+    raise UserError(
+        f"The shards in {path} and their index disagree. Only in the index: {sorted(indexed - found)}; only in the "
+        f"shards: {sorted(found - indexed)}. The folder mixes files of two models; fetch it again."
+    )

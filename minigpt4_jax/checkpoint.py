@@ -17,7 +17,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -115,17 +115,15 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep_partials(target)
     partial = target.with_name(_partial_name(target, os.getpid()))
-    shutil.rmtree(partial, ignore_errors=True)
-    replaced = partial.with_suffix(".replaced")
+    partial.mkdir()
     try:
         with _checkpointer() as checkpointer:
-            checkpointer.save(partial, args=ocp.args.PyTreeSave(params))
+            checkpointer.save(partial / "new", args=ocp.args.PyTreeSave(params))
         if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
+            target.rename(partial / "replaced")
+        (partial / "new").rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_params(
@@ -282,7 +280,7 @@ class TrainCheckpoints:
             },
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TrainCheckpoints:
         return self
 
     def __exit__(

@@ -257,7 +257,7 @@ def load(
                 problems.append(f"{source}: unknown key {key!r}.{_suggest(key, schema)}")
                 continue
             try:
-                if hint is str and isinstance(value, bool):
+                if isinstance(value, bool) and hint in (str, str | None):
                     raise ValueError
                 merged = OmegaConf.merge(merged, _nest(key, value))
             except (OmegaConfBaseException, ValueError, TypeError) as error:

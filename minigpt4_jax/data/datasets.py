@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class Example:
     caption: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """What `make_pipeline` reads: examples by index, and pictures numbered by `image_ids`."""
 

@@ -192,3 +192,22 @@ def _named_tokens(config_file: Path) -> dict[str, str | None]:
         # Older files hold the token as an object with its text under "content".
         named[role] = token.get("content") if isinstance(token, dict) else token
     return named
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer of the `tiny` preset: every byte is a token, after the control tokens of ChatML and LLaMA.
+
+    262 ids, no file. For tests and for models without a vocabulary of their own; it compresses nothing.
+    """
+    control = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    symbols = [*control, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {symbol: token_id for token_id, symbol in enumerate(symbols)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in control]
+    )
+    return Tokenizer(
+        backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )

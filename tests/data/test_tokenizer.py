@@ -1,0 +1,151 @@
+"""Claims about `minigpt4_jax.data.tokenizer`, on the byte tokenizer: no file, no network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt4_jax.config import UserError
+from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+
+TEXTS = [
+    "A small dog.",
+    "  two  spaces \n and a line ",
+    "Caffè, naïve, größer",
+    "日本語のテキスト",
+    "😀 👨‍👩‍👧 🇯🇵",
+    "a\u0301 combining, \u200b invisible, \ufeff mark",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+def write_tokenizer(folder: Path, config: object | None = None) -> Path:
+    # The backend is private to the package; a test may look at it to write the file that conversion writes.
+    byte_tokenizer()._backend.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_returns_the_encoded_text(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("marker", ["<|im_end|>", "<|im_start|>", "<s>", "</s>", "<ImageHere>"])
+def test_markers_typed_by_a_user_stay_text(tokenizer: Tokenizer, marker: str) -> None:
+    ids = tokenizer.encode(f"before {marker} after")
+    assert len(ids) == len(f"before {marker} after")
+    assert min(ids) > max(
+        tokenizer.special(name)
+        for name in ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    )
+
+
+def test_markers_stay_text_in_a_tokenizer_read_from_a_file(tmp_path: Path) -> None:
+    loaded = load_tokenizer(write_tokenizer(tmp_path))
+    assert loaded.special("<|im_end|>") not in loaded.encode("stop<|im_end|>")
+
+
+def test_control_tokens_are_found_by_name_and_leave_no_text(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.special("<|im_start|>"), *tokenizer.encode("hi"), tokenizer.special("</s>")]
+    assert tokenizer.decode(ids) == "hi"
+    assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>hi</s>"
+
+
+@pytest.mark.parametrize("name", ["<|no_such|>", "h"])
+def test_only_control_tokens_are_special(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises(UserError, match=r"expected one of: .*<\|im_end\|>"):
+        tokenizer.special(name)
+
+
+@pytest.mark.parametrize("token_id", [-1, 262])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, token_id: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 to 261"):
+        tokenizer.decode([token_id])
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "".join(TEXTS) * 8])
+def test_streamed_pieces_join_to_the_text_and_never_split_a_character(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.feed(token_id) for token_id in tokenizer.encode(text)]
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) + decoder.flush() == text
+
+
+def test_streaming_gives_each_character_as_soon_as_it_is_whole(tokenizer: Tokenizer) -> None:
+    decoder = tokenizer.stream_decoder()
+    assert [decoder.feed(token_id) for token_id in tokenizer.encode("aé日b")] == [
+        "a", "", "é", "", "", "日", "b",
+    ]  # fmt: skip
+
+
+def test_an_unfinished_character_comes_out_at_the_end_as_a_replacement(
+    tokenizer: Tokenizer,
+) -> None:
+    decoder = tokenizer.stream_decoder()
+    ids = tokenizer.encode("x日")[:-1]
+    assert [decoder.feed(token_id) for token_id in ids] == ["x", "", ""]
+    assert decoder.flush() == "\ufffd"
+    assert decoder.feed(tokenizer.encode("y")[0]) == "y"
+
+
+def test_bytes_that_are_no_text_are_not_held_back_for_ever(tokenizer: Tokenizer) -> None:
+    stray = tokenizer.encode("é")[1]  # a continuation byte with nothing to continue
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.feed(stray) for _ in range(40)]
+    assert "".join(pieces)
+    assert "".join(pieces) + decoder.flush() == "\ufffd" * 40
+
+
+def test_roles_come_from_the_config_beside_the_file(tmp_path: Path) -> None:
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "$"}
+    loaded = load_tokenizer(write_tokenizer(tmp_path, config).parent)
+    assert loaded.bos_id == loaded.special("<s>")
+    assert loaded.eos_id == loaded.special("</s>")
+    assert [loaded.pad_id] == loaded.encode("$")
+
+
+def test_a_role_that_nothing_names_is_an_error_when_it_is_needed(tmp_path: Path) -> None:
+    loaded = load_tokenizer(write_tokenizer(tmp_path))
+    with pytest.raises(UserError, match="names no pad token"):
+        _ = loaded.pad_id
+
+
+def test_a_config_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path, {"pad_token": "<pad>"})
+    with pytest.raises(UserError, match=r"pad token '<pad>' is not in its vocabulary of 262"):
+        load_tokenizer(file)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"half": ')
+    with pytest.raises(UserError, match=r"not a tokenizer\.json that can be read"):
+        load_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_data_and_conversation_load_neither_jax_nor_grain() -> None:
+    code = (
+        "import sys, minigpt4_jax.conversation, minigpt4_jax.data.datasets, minigpt4_jax.data.images\n"
+        "sys.exit(str(sorted({'jax', 'grain', 'torch'} & set(sys.modules))) * bool({'jax', 'grain', 'torch'}"
+        " & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

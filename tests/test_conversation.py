@@ -56,8 +56,12 @@ def test_an_answer_enters_the_history_as_the_ids_that_were_generated(tokenizer: 
     # The ids of " ok " as a model may write them; white space around an answer is kept in ids, not in text.
     generated = [*tokenizer.encode(" ok "), tokenizer.special("<|im_end|>")]
     assert chat.add_answer(" ok ", generated) == "ok"
-    second = chat.ask("More")
-    assert second[: len(first) + len(generated)] == first + generated
+    start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
+    line = tokenizer.encode("\n")
+    assert chat.ask("More") == [
+        *first, *generated, *line,
+        start, *tokenizer.encode("user\nMore"), end, *line, start, *tokenizer.encode("assistant\n"),
+    ]  # fmt: skip
     assert chat.text().endswith("assistant\nok<|im_end|>\n<|im_start|>user\nMore<|im_end|>\n")
 
 
@@ -232,6 +236,12 @@ def test_the_filter_shows_exactly_what_stands_before_the_first_stop(
 def test_the_filter_holds_back_only_what_may_become_a_stop() -> None:
     stop_filter = StopStringFilter(("###",))
     assert [stop_filter.feed(c) for c in "a#b##c"] == ["a", "", "#b", "", "", "##c"]
+
+
+def test_the_earliest_of_several_stops_in_one_piece_cuts() -> None:
+    stop_filter = StopStringFilter(("</s>", "###"))
+    assert stop_filter.feed("a### b</s>") == "a"
+    assert stop_filter.feed("more") + stop_filter.flush() == ""
 
 
 def test_an_empty_stop_string_is_refused() -> None:

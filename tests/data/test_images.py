@@ -111,6 +111,13 @@ def test_what_is_no_whole_picture_is_refused_by_name(tmp_path: Path, data: bytes
         load_image(path)
 
 
+def test_formats_off_the_list_are_refused_although_pil_can_read_them() -> None:
+    data = encoded(Image.new("RGB", (16, 16)), "ICO")
+    assert Image.open(io.BytesIO(data)).size == (16, 16)
+    with pytest.raises(UserError, match="Expected one of PNG, JPEG"):
+        load_image(data)
+
+
 def test_missing_files_and_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.png: No such file"):
         load_image(tmp_path / "none.png")

@@ -29,12 +29,19 @@ def attend(
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    grouped = (q * head_dim**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqkgh,bskh->bkgqs", grouped, k).astype(jnp.float32)
+    groups = heads // kv_heads
+    # Heads in front, key heads' groups along the rows: plain batched matmuls. (As one einsum over the original order,
+    # XLA on a CPU is three times slower.)
+    q = (q * head_dim**-0.5).reshape(batch, length, kv_heads, groups, head_dim)
+    rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
+    scores = (rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        lowest = jnp.finfo(jnp.float32).min
+        scores = scores.reshape(batch, kv_heads, groups, length, -1)
+        scores = jnp.where(mask[:, None, None], scores, lowest).reshape(*rows.shape[:3], -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskh->bqkgh", weights, v).reshape(batch, length, heads, head_dim)
+    attended = (weights @ v.transpose(0, 2, 1, 3)).reshape(batch, kv_heads, groups, length, head_dim)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def make_causal_mask(attention_mask: Bool[Array, "B S"]) -> Bool[Array, "B S S"]:

@@ -81,19 +81,18 @@ class MiniGPT4(nn.Module):
         tokens, states = self.vit(images)
         return self.ln_vision(tokens), states
 
-    def project(self, tokens: Float[Array, "I P C"]) -> Float[Array, "I T D"]:
-        """The trained part: drops the class token, joins neighbouring patches in raster order, projects.
+    def project(self, patches: Float[Array, "I P C"]) -> Float[Array, "I T D"]:
+        """The trained part: joins neighbouring patches (class token already dropped) in raster order, projects.
 
         A group is `patches_per_token` consecutive patches of one row (not a square block), as in `encode_img` of the
         original.
         """
-        patches = tokens[:, 1:]
         grouped = patches.reshape(patches.shape[0], -1, self.config.projection_in)
         return self.llama_proj(grouped)
 
     def encode_images(self, images: Images) -> Float[Array, "I T D"]:
         """Pictures to embeddings in the language model's space."""
-        return self.project(self.encode_vision(images)[0])
+        return self.project(self.encode_vision(images)[0][:, 1:])
 
     def embed_prompt(
         self, token_ids: TokenIds, image_embeds: Float[Array, "B R D"] | None
@@ -126,7 +125,7 @@ class MiniGPT4(nn.Module):
     def __call__(self, batch: Batch) -> tuple[Float[Array, "B S V"], dict[str, Array]]:
         rows, per_row = batch.images.shape[:2]
         vision, vit_states = self.encode_vision(batch.images.reshape(-1, *batch.images.shape[2:]))
-        image_embeds = self.project(vision)
+        image_embeds = self.project(vision[:, 1:])
         embeds = self.embed_prompt(
             batch.token_ids, image_embeds.reshape(rows, -1, image_embeds.shape[-1])
         )

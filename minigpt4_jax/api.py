@@ -1,0 +1,272 @@
+"""What a program uses: load a model, talk about pictures, answer many questions at once.
+
+    from minigpt4_jax import MiniGPT4
+
+    chat = MiniGPT4.load("smol").start_chat()
+    chat.add_image("examples/cat.jpg")
+    print(chat.ask("What is this?"))
+
+Not for: arguments and printing (`cli.py`), HTTP (`serving/`), or the device loop (`generation/engine.py`).
+Differs from the original, whose only interface is a Gradio page: a `Chat` keeps its own history, so one loaded model
+serves any number of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from minigpt4_jax.checkpoint import load_params
+from minigpt4_jax.config import UserError
+from minigpt4_jax.conversation import Conversation
+from minigpt4_jax.data.images import load_image, preprocess
+from minigpt4_jax.data.prompts import get_template
+from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.generation.engine import Engine
+from minigpt4_jax.generation.sampling import Sampling
+from minigpt4_jax.models.minigpt4 import Params, abstract_params
+from minigpt4_jax.presets import Preset, get_preset
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | Path | bytes | Image.Image
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, parts done, parts in all)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How answers are written. The defaults are the smol preset's: greedy, short."""
+
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
+        Sampling(repetition_penalty=self.repetition_penalty)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(repetition_penalty=self.repetition_penalty)
+
+
+class MiniGPT4:
+    """A loaded model. Build one with `MiniGPT4.load`."""
+
+    def __init__(
+        self, preset: Preset, params: Params, tokenizer: Tokenizer, *, dtype: Any, context: int
+    ) -> None:
+        self.preset = preset
+        self.tokenizer = tokenizer
+        self.context = context
+        self._engine = Engine(params, preset.model, dtype=dtype, context=context)
+
+    @classmethod
+    def load(
+        cls,
+        name: str = "smol",
+        *,
+        projection: str | Path | None = None,
+        dtype: str = "auto",
+        context: int = 1024,
+        progress: Progress | None = None,
+    ) -> MiniGPT4:
+        """Loads a preset. The first `load("smol")` fetches and converts its frozen parts into the cache.
+
+        Args:
+            name: a preset whose weights this project can get by itself: `smol`.
+            projection: a projection file; default: the one that is shipped with the package.
+            dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on an accelerator, float32 on a CPU.
+            context: longest prompt plus answer of a conversation, in tokens; a picture takes 16 in `smol`.
+            progress: told what is being converted on the first call.
+
+        Raises:
+            UserError: an unknown preset, a download that failed, a projection of another model.
+        """
+        preset = get_preset(name)
+        params, tokenizer = load_frozen(name, progress=progress)
+        from convert.projection import read_projection
+
+        path = Path(projection) if projection is not None else shipped_projection(name)
+        params["llama_proj"], _ = read_projection(path, preset.model)
+        storage = pick_dtype(dtype)
+        if storage != jnp.float32:
+            params = jax.tree.map(lambda leaf: jnp.asarray(leaf, storage), params)
+        return cls(preset, params, tokenizer, dtype=storage, context=context)
+
+    def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
+        """A new conversation; any number may exist side by side."""
+        return Chat(self, generation or GenerationConfig())
+
+    def embed_images(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "I T D"]:
+        """Embeddings of pictures in the language model's space, float32 `[I, image tokens, width]`."""
+        size = self.preset.model.vit.image_size
+        pixels = [
+            preprocess(
+                load_image(picture),
+                size=size,
+                mean=self.preset.image_mean,
+                std=self.preset.image_std,
+            )
+            for picture in pictures
+        ]
+        return self._engine.encode_images(np.stack(pixels))
+
+    def generate(
+        self,
+        pictures: Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        generation: GenerationConfig | None = None,
+    ) -> list[str]:
+        """One answer per (picture, question) pair, decoded together.
+
+        Raises:
+            UserError: the numbers of pictures and questions differ, or a prompt does not fit the context.
+        """
+        if len(pictures) != len(questions):
+            raise UserError(
+                f"There are {len(pictures)} pictures and {len(questions)} questions; expected one question each."
+            )
+        if not pictures:
+            return []
+        config = generation or GenerationConfig()
+        chats = [self._conversation() for _ in questions]
+        embeds = self.embed_images(pictures)
+        prompts = []
+        for chat, question, rows in zip(chats, questions, embeds, strict=True):
+            chat.add_image(rows)
+            prompts.append(chat.ask(question, room=config.max_new_tokens))
+        answers = self._engine.generate(
+            prompts,
+            list(embeds),
+            max_new_tokens=config.max_new_tokens,
+            stop_tokens=chats[0].stop_ids,
+            sampling=config.sampling,
+        )
+        return [
+            chat.add_answer(_read(chat, ids), ids)
+            for chat, ids in zip(chats, answers, strict=True)
+        ]
+
+    def _conversation(self) -> Conversation[Float[np.ndarray, "T D"]]:
+        return Conversation(
+            get_template(self.preset.template),
+            self.tokenizer,
+            num_image_tokens=self.preset.model.num_image_tokens,
+            context=self.context,
+        )
+
+
+class Chat:
+    """One conversation with a model: pictures, questions, answers, all remembered."""
+
+    def __init__(self, model: MiniGPT4, generation: GenerationConfig) -> None:
+        self._model = model
+        self._generation = generation
+        self._conversation = model._conversation()
+
+    def add_image(self, picture: Picture) -> None:
+        """Shows a picture; the next question is about it. Encoded once, whatever is asked later."""
+        self._conversation.add_image(self._model.embed_images([picture])[0])
+
+    def ask(self, question: str) -> str:
+        """Asks and returns the whole answer."""
+        for _ in self.stream(question):
+            pass
+        return self.last_answer
+
+    def stream(self, question: str) -> Iterator[str]:
+        """Asks and yields the answer in pieces of text as it is written.
+
+        What was written so far enters the history also when the caller stops early (closes the iterator, or Ctrl-C).
+
+        Raises:
+            ContextFull: the question does not fit; nothing was added to the conversation.
+        """
+        room = 1
+        prompt = self._conversation.ask(question, room=room)
+        engine, limit = self._model._engine, self._conversation.room
+        pictures = self._conversation.pictures
+        answer = self._conversation.answer_stream()
+        ids = engine.stream(
+            prompt,
+            np.concatenate(pictures) if pictures else None,
+            max_new_tokens=min(self._generation.max_new_tokens, limit),
+            stop_tokens=self._conversation.stop_ids,
+            sampling=self._generation.sampling,
+        )
+        try:
+            for token in ids:
+                piece = answer.feed(token)
+                if piece:
+                    yield piece
+                if answer.stopped:
+                    break
+            rest = answer.finish()
+            if rest:
+                yield rest
+        finally:
+            self.last_answer = self._conversation.add_answer(answer.text, answer.ids)
+
+    last_answer = ""
+    """The newest answer, cleaned."""
+
+
+def _read(chat: Conversation[Any], ids: Sequence[int]) -> str:
+    stream = chat.answer_stream()
+    for token in ids:
+        stream.feed(token)
+        if stream.stopped:
+            break
+    stream.finish()
+    return stream.text
+
+
+def pick_dtype(name: str) -> Any:
+    """`auto` is bfloat16 on an accelerator and float32 on a CPU, where XLA emulates bfloat16."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype is {name!r}; expected one of auto, float32, bfloat16.")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def shipped_projection(name: str) -> Path:
+    """The projection that comes with the package. Raises `UserError` where there is none."""
+    path = Path(__file__).parent / "assets" / f"{name}_projection.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"The package ships no projection for {name!r} ({path.name}). Train one (train.py) and pass its file."
+        )
+    return path
+
+
+def load_frozen(name: str, *, progress: Progress | None = None) -> tuple[Params, Tokenizer]:
+    """The frozen parts (`vit`, `ln_vision`, `llama`; `DISK` layout, float32) and the tokenizer of a preset.
+
+    Raises:
+        UserError: the preset has no weights that can be fetched, or fetching or converting them failed.
+    """
+    if name != "smol":
+        raise UserError(
+            f"There are no weights to fetch for preset {name!r}; expected smol."
+        )
+    from convert.smol import prepare_smol
+
+    folder = prepare_smol(progress)
+    abstract = abstract_params(get_preset(name).model)
+    frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
+    params: Params = load_params(folder / "params", frozen)
+    return params, load_tokenizer(folder)

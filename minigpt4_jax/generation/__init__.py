@@ -1,0 +1,1 @@
+"""Decoding: ids and image embeddings in, ids out. No strings, no tokenizer, no HTTP."""

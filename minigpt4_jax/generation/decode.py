@@ -1,0 +1,100 @@
+"""`prefill` and `decode_step`: one pure function each, over an explicit state that the caller donates.
+
+Rows are right-padded; a row's token at position `p` lives in cache slot `p`, so slots left over from padding are
+overwritten before they are ever attended to. The original left-pads and re-traces for every length.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minigpt4_jax.generation.sampling import Sampling, choose
+from minigpt4_jax.models.attention import make_cache_mask
+from minigpt4_jax.models.kv_cache import KVCache
+from minigpt4_jax.models.minigpt4 import MiniGPT4, Params
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Everything a running generation keeps on the device."""
+
+    token: Int[Array, " B"]
+    """The newest token of each row: chosen, not yet fed to the model."""
+    position: Int[Array, " B"]
+    """Where that token will stand."""
+    seen: Bool[Array, "B V"]
+    """Tokens that the repetition penalty counts as written."""
+    caches: KVCache
+
+
+def prefill(
+    params: Params,
+    caches: KVCache,
+    token_ids: Int[Array, "B S"],
+    image_embeds: Float[Array, "B R D"],
+    lengths: Int[Array, " B"],
+    seen: Bool[Array, "B V"],
+    *,
+    model: MiniGPT4,
+    sampling: Sampling,
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Reads the prompts and chooses the first token of each answer.
+
+    Args:
+        caches: slots enough for the prompt and the answer; the content does not matter; donate it.
+        token_ids: right-padded; `IMAGE_TOKEN_ID` slots take the rows of `image_embeds` in order.
+        image_embeds: rows beyond a prompt's placeholders are ignored.
+        lengths: real tokens per row, at least 1.
+        seen: tokens that count as already written. The original's chat starts from the bos alone.
+
+    Returns:
+        The state after the first token, and the logits it was chosen from (before the penalty).
+    """
+    variables = {"params": params}
+    embeds = model.apply(variables, token_ids, image_embeds, method="embed_prompt")
+    positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1])[None], token_ids.shape)
+    hidden, caches, _ = model.apply(
+        variables,
+        embeds,
+        positions=positions,
+        mask=make_cache_mask(positions, caches[0].k.shape[1]),
+        caches=caches,
+        method="decode",
+    )
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = model.apply(variables, last, method="head")
+    return _advance(logits, lengths, seen, caches, sampling), logits
+
+
+def decode_step(
+    params: Params, state: DecodeState, *, model: MiniGPT4, sampling: Sampling
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Feeds every row's newest token and chooses the next. Donate `state`: the caches are updated in place."""
+    variables = {"params": params}
+    embeds = model.apply(variables, state.token[:, None], None, method="embed_prompt")
+    positions = state.position[:, None]
+    hidden, caches, _ = model.apply(
+        variables,
+        embeds,
+        positions=positions,
+        mask=make_cache_mask(positions, state.caches[0].k.shape[1]),
+        caches=state.caches,
+        method="decode",
+    )
+    logits = model.apply(variables, hidden[:, 0], method="head")
+    return _advance(logits, state.position + 1, state.seen, caches, sampling), logits
+
+
+def _advance(
+    logits: Float[Array, "B V"],
+    position: Int[Array, " B"],
+    seen: Bool[Array, "B V"],
+    caches: KVCache,
+    sampling: Sampling,
+) -> DecodeState:
+    token = choose(logits, seen, sampling=sampling)
+    seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
+    return DecodeState(token=token, position=position, seen=seen, caches=caches)

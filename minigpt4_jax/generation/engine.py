@@ -1,0 +1,182 @@
+"""The engine: holds the parameters and the compiled functions, and runs generations. Ids in, ids out.
+
+Prompts are padded to a few lengths (buckets), so that after the first answer of a bucket nothing is compiled again.
+Simple on purpose: one generation at a time, over one or several rows. Slots and continuous batching come later, behind
+the same `prefill` and `decode_step`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
+from minigpt4_jax.generation.sampling import Sampling
+from minigpt4_jax.models.kv_cache import KVCache, init_cache
+from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
+from minigpt4_jax.models.minigpt4 import Params, make_model
+
+
+class Engine:
+    """Compiled generation over one set of parameters.
+
+    Args:
+        params: a full tree in the `DISK` layout.
+        config: sizes of the model.
+        dtype: compute dtype; the cache has it too.
+        context: cache slots: the longest prompt plus answer, in tokens.
+    """
+
+    def __init__(
+        self, params: Params, config: ModelConfig, *, dtype: DTypeLike, context: int
+    ) -> None:
+        if context > config.llama.max_positions:
+            raise ValueError(
+                f"context is {context}; the model was trained for at most {config.llama.max_positions} positions."
+            )
+        self.config = config
+        self.context = context
+        self._dtype = dtype
+        self._params = jax.tree.map(
+            jnp.asarray, convert_layout(params, DISK, DECODE, llama=config.llama)
+        )
+        self._model = make_model(config, layout=DECODE, dtype=dtype)
+        self._prefill = jax.jit(
+            functools.partial(prefill, model=self._model),
+            static_argnames="sampling",
+            donate_argnums=1,
+        )
+        self._decode_step = jax.jit(
+            functools.partial(decode_step, model=self._model),
+            static_argnames="sampling",
+            donate_argnums=1,
+        )
+        self._encode = jax.jit(
+            lambda params, images: self._model.apply(
+                {"params": params}, images, method="encode_images"
+            )
+        )
+        self._free_caches: dict[int, KVCache] = {}
+
+    def encode_images(
+        self, images: Float[np.ndarray, "I height width 3"]
+    ) -> Float[np.ndarray, "I T D"]:
+        """Normalised pictures (float32) to image embeddings."""
+        vision = {name: self._params[name] for name in ("vit", "ln_vision", "llama_proj")}
+        return np.asarray(self._encode(vision, images), np.float32)
+
+    def stream(
+        self,
+        token_ids: Sequence[int],
+        image_embeds: Float[np.ndarray, "R D"] | None,
+        *,
+        max_new_tokens: int,
+        stop_tokens: Collection[int],
+        sampling: Sampling,
+    ) -> Iterator[int]:
+        """Yields the ids of one answer as they are chosen, the stop token included if one ends it.
+
+        Args:
+            token_ids: the prompt; each `IMAGE_TOKEN_ID` takes the next row of `image_embeds`.
+            image_embeds: embeddings of all pictures of the prompt, joined.
+
+        Raises:
+            ValueError: placeholders and image embeddings do not match, or prompt plus answer exceed the context.
+        """
+        for tokens in self._run([token_ids], [image_embeds], max_new_tokens, sampling):
+            token = int(tokens[0])
+            yield token
+            if token in stop_tokens:
+                return
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: Sequence[Float[np.ndarray, "R D"] | None],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Collection[int],
+        sampling: Sampling,
+    ) -> list[list[int]]:
+        """Several answers at once, one row each; a stop token ends its row and is included. Raises as `stream`."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        for tokens in self._run(prompts, image_embeds, max_new_tokens, sampling):
+            for row in sorted(open_rows):
+                answers[row].append(int(tokens[row]))
+                if tokens[row] in stop_tokens:
+                    open_rows.discard(row)
+            if not open_rows:
+                break
+        return answers
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: Sequence[Float[np.ndarray, "R D"] | None],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Iterator[Int[np.ndarray, " B"]]:
+        """Yields one token per row and step, for exactly `max_new_tokens` steps unless the caller stops."""
+        token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
+        images = self._pad_images(prompts, image_embeds)
+        batch = len(prompts)
+        caches = self._free_caches.pop(batch, None) or init_cache(
+            self.config.llama, batch, num_slots=self.context, dtype=self._dtype
+        )
+        seen = jnp.zeros((batch, self.config.llama.vocab_size), bool)
+        state: DecodeState
+        state, _ = self._prefill(
+            self._params, caches, token_ids, images, lengths, seen, sampling=sampling
+        )
+        try:
+            for _ in range(max_new_tokens - 1):
+                yield np.asarray(state.token)
+                state, _ = self._decode_step(self._params, state, sampling=sampling)
+            yield np.asarray(state.token)
+        finally:
+            self._free_caches[batch] = state.caches
+
+    def _pad_prompts(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
+        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        if lengths.min() < 1 or lengths.max() + max_new_tokens > self.context:
+            raise ValueError(
+                f"Prompts have {lengths.min()} to {lengths.max()} tokens and {max_new_tokens} new ones are asked for; "
+                f"expected at least 1 and together at most {self.context}, the context."
+            )
+        padded = np.zeros((len(prompts), self.bucket(int(lengths.max()))), np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        return padded, lengths
+
+    def bucket(self, length: int) -> int:
+        """The padded length of a prompt: the next power of two from 64 on, at most the context."""
+        return min(max(64, 1 << (length - 1).bit_length()), self.context)
+
+    def _pad_images(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: Sequence[Float[np.ndarray, "R D"] | None],
+    ) -> Float[Array, "B R D"]:
+        width, unit = self.config.llama.width, self.config.num_image_tokens
+        rows = [np.zeros((0, width), np.float32) if e is None else e for e in image_embeds]
+        for number, (prompt, embeds) in enumerate(zip(prompts, rows, strict=True)):
+            slots = sum(token == IMAGE_TOKEN_ID for token in prompt)
+            if slots != len(embeds):
+                raise ValueError(
+                    f"Prompt {number} has {slots} image slots and {len(embeds)} image embeddings; expected as many."
+                )
+        most = max(unit, *(len(embeds) for embeds in rows))
+        padded = np.zeros((len(rows), most, width), np.float32)
+        for number, embeds in enumerate(rows):
+            padded[number, : len(embeds)] = embeds
+        return jnp.asarray(padded)

@@ -1,0 +1,117 @@
+"""What people and programs see of a run: a progress bar and a file of JSON lines.
+
+The file has one line per step. A resumed run first drops the lines after its checkpoint, so every step stands there
+exactly once and the losses of an interrupted run can be compared line by line with an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """All complete lines of a run; a last line that was cut off by a crash is left out."""
+    path = workdir / FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def make_progress(*, quiet: bool = False) -> Progress:
+    """The project's progress bar: what, how far, numbers, time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+        refresh_per_second=2,
+    )
+
+
+class Metrics:
+    """Writes one JSON line per step and keeps a progress bar (or, away from a terminal, a line now and then).
+
+    Args:
+        workdir: where `metrics.jsonl` lies.
+        start_step: steps that the checkpoint has; later lines in the file are dropped.
+        log_every: steps between two updates of what people see.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, max_steps: int, log_every: int) -> None:
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        path = workdir / FILE
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(beside, path)
+        self._file = path.open("a")
+        self._log_every = log_every
+        self._max_steps = max_steps
+        self._progress = make_progress()
+        self._task: TaskID = self._progress.add_task(
+            "training", total=max_steps, completed=start_step, numbers=""
+        )
+        self._recent: list[tuple[float, int, float]] = []
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+
+    def write(self, step: int, *, loss: float, learning_rate: float, samples: int) -> None:
+        """Records a finished step. `samples` is the size of its batch."""
+        now = time.perf_counter()
+        self._recent = [*self._recent[-(2 * self._log_every) :], (now, samples, loss)]
+        first = self._recent[0][0]
+        rate = (
+            sum(count for _, count, _ in self._recent[1:]) / (now - first) if now > first else 0.0
+        )
+        row = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "samples_per_s": round(rate, 2),
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        mean = sum(value for _, _, value in self._recent) / len(self._recent)
+        numbers = f"loss {mean:.3f}  {rate:.1f} samples/s"
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        if not self._progress.console.is_terminal and step % self._log_every == 0:
+            left = (self._max_steps - step) * samples / rate if rate else float("nan")
+            print(f"step {step}/{self._max_steps}  {numbers}  {left / 60:.1f} min left", flush=True)

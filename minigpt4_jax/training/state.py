@@ -1,0 +1,44 @@
+"""What a training run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+Projection = dict[str, Array]
+"""`{"kernel": [projection_in, D], "bias": [D]}`, float32."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The trained leaf, its optimizer and the number of finished steps. A few tens of MB: cheap to save often."""
+
+    step: Int[Array, ""]
+    projection: Projection
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class TrainBatch:
+    """One batch on the device. Rows are right-padded; the vision part was computed beforehand."""
+
+    token_ids: Int[Array, "B S"]
+    attention_mask: Bool[Array, "B S"]
+    target_positions: Int[Array, "B A"]
+    """Position whose hidden state predicts the target."""
+    target_ids: Int[Array, "B A"]
+    target_mask: Bool[Array, "B A"]
+    """True = this target counts in the loss."""
+    patches: Float[Array, "B P C"]
+    """Frozen vision features of the row's picture, after `ln_vision`, class token dropped."""
+
+
+def init_state(projection: Projection, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh state at step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), projection=projection, opt_state=tx.init(projection)
+    )

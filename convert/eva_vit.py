@@ -26,8 +26,12 @@ from convert.rules import (
     rows,
     transpose,
 )
-from minigpt4_jax.config import VitConfig
+from convert.sources import TensorSource
+from minigpt4_jax.config import UserError, VitConfig
 from minigpt4_jax.models.eva_vit import resize_pos_embed
+
+EVA_NORM_EPS = 1e-6
+"""Of the blocks' LayerNorms, in the original's code (not in its file)."""
 
 
 def eva_rules(config: VitConfig) -> tuple[Rule, ...]:
@@ -54,6 +58,35 @@ def eva_rules(config: VitConfig) -> tuple[Rule, ...]:
         Rule(f"{block}/mlp/fc1/bias", (f"{name}.mlp.fc1.bias",), identity),
         Rule(f"{block}/mlp/fc2/kernel", (f"{name}.mlp.fc2.weight",), transpose),
         Rule(f"{block}/mlp/fc2/bias", (f"{name}.mlp.fc2.bias",), identity),
+    )
+
+
+def eva_config(source: TensorSource, *, grid: int, num_layers: int, num_heads: int) -> VitConfig:
+    """Sizes that the file shows, joined with those that it cannot show.
+
+    Args:
+        grid: patches per side of the pictures the tower is for.
+        num_layers: blocks to use; the published file has one more.
+        num_heads: 16 in the published file.
+
+    Raises:
+        UserError: the file has no patch embedding under EVA's name.
+    """
+    patch, fc1 = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
+    missing = [name for name in (patch, fc1) if name not in source.names()]
+    if missing:
+        raise UserError(
+            f"{source.describe()} has no {' and no '.join(missing)}; expected the names of the original EVA file."
+        )
+    width, _, patch_size, _ = source.shape(patch)
+    return VitConfig(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        mlp_width=source.shape(fc1)[0],
+        norm_eps=EVA_NORM_EPS,
     )
 
 

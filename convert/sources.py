@@ -10,6 +10,7 @@ is read when it is asked for.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -112,7 +113,7 @@ class OnnxSource:
 
     def __init__(self, path: Path) -> None:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         self._path = path
         try:
@@ -176,13 +177,13 @@ class SafetensorsSource:
         shards, indexed = _shards(path, self.INDEX)
         for shard in shards:
             try:
-                file = safe_open(shard, framework="numpy")
+                file: Any = safe_open(shard, framework="numpy")
             except SafetensorError as error:
                 raise UserError(
                     f"{shard} is not a whole safetensors file ({error}). Fetch it again."
                 ) from error
             metadata |= file.metadata() or {}
-            self._files |= dict.fromkeys(file.keys(), file)
+            _add(self._files, dict.fromkeys(file.keys(), file), shard)
         self.metadata: Mapping[str, Any] = metadata
         _check_index(path, indexed, set(self._files))
 
@@ -224,9 +225,20 @@ class TorchSource:
         self._tensors: dict[str, Any] = {}
         shards, indexed = _shards(path, self.INDEX)
         for shard in shards:
-            loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                raise UserError(
+                    f"{shard} is not a whole PyTorch file of tensors alone ({error}). Fetch it again."
+                ) from error
             loaded = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
-            self._tensors |= loaded
+            odd = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+            if odd:
+                raise UserError(
+                    f"{shard} holds entries that are no tensors: {', '.join(map(str, odd))}. Expected a state dict, or "
+                    "one under the key 'model'."
+                )
+            _add(self._tensors, loaded, shard)
         _check_index(path, indexed, set(self._tensors))
 
     def describe(self) -> str:
@@ -272,7 +284,7 @@ def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | Tor
             f"The folder {path} holds no weights: expected model.safetensors, pytorch_model.bin, or shards with "
             f"{SafetensorsSource.INDEX} or {TorchSource.INDEX}."
         )
-    readers = {
+    readers: dict[str, type[GgufSource | OnnxSource | SafetensorsSource | TorchSource]] = {
         ".gguf": GgufSource,
         ".onnx": OnnxSource,
         ".safetensors": SafetensorsSource,
@@ -299,6 +311,15 @@ def _shards(path: Path, index: str) -> tuple[list[Path], set[str] | None]:
             f"{path / index} names {len(shards)} shards, these are not there: {', '.join(missing)}. Fetch them too."
         )
     return shards, set(weight_map)
+
+
+def _add(tensors: dict[str, Any], more: dict[str, Any], shard: Path) -> None:
+    twice = sorted(set(tensors) & set(more))
+    if twice:
+        raise UserError(
+            f"{shard} holds tensors that an earlier shard has too: {', '.join(twice)}. Fetch the folder again."
+        )
+    tensors |= more
 
 
 def _check_index(path: Path, indexed: set[str] | None, found: set[str]) -> None:

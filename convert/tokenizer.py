@@ -49,12 +49,12 @@ def make_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"The GGUF file has the tokenizer {kind!r} with the pre-tokenizer {pre!r}; expected 'gpt2' (byte-level BPE) "
-            f"with one of {', '.join(map(repr, PRE_TOKENIZERS))}. Take a tokenizer.json of the model instead."
+            f"The GGUF file has the tokenizer {kind!r} with the pre-tokenizer {pre!r}; expected 'gpt2' (byte-level "
+            f"BPE) with one of {', '.join(map(repr, PRE_TOKENIZERS))}. Take a tokenizer.json of the model instead."
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata["tokenizer.ggml.token_type"]
-    odd = sorted({t for t in types} - {NORMAL, CONTROL})
+    odd = sorted(set(types) - {NORMAL, CONTROL})
     if odd or len(types) != len(tokens):
         raise UserError(
             f"The GGUF file has {len(tokens)} tokens and {len(types)} token types, among them {odd}; expected one type "

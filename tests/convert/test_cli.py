@@ -1,0 +1,147 @@
+"""`python -m convert`: what it writes, what it prints, and exit code 2 with the whole list of problems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from convert import __main__ as cli
+from convert.projection import to_released
+from minigpt4_jax.checkpoint import load_params
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.tokenizer import load_tokenizer
+from minigpt4_jax.models.minigpt4 import abstract_params
+
+Arrays = dict[str, np.ndarray]
+
+
+def test_llama_writes_parameters_config_and_tokenizer(
+    tmp_path: Path,
+    tiny_config: ModelConfig,
+    gguf_arrays: Arrays,
+    write_gguf: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_out", Console(width=200))
+    out = tmp_path / "out"
+    source = write_gguf(tmp_path / "m.gguf", gguf_arrays)
+    assert cli.main(["llama", str(source), "--out", str(out)]) == 0
+    abstract = {"llama": abstract_params(tiny_config)["llama"]}
+    params = load_params(out / "params", abstract)
+    np.testing.assert_array_equal(
+        params["llama"]["norm"]["scale"], gguf_arrays["output_norm.weight"]
+    )
+    assert load_tokenizer(out).eos_id == 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["config"]["llama"]["num_kv_heads"] == tiny_config.llama.num_kv_heads
+    assert "transpose to [in, out]" in capsys.readouterr().out
+
+
+def test_all_problems_are_printed_and_nothing_is_written(
+    tmp_path: Path,
+    gguf_arrays: Arrays,
+    write_gguf: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arrays = gguf_arrays | {"rope_freqs.weight": np.ones(4, np.float32)}
+    del arrays["blk.1.attn_q.weight"]
+    out = tmp_path / "out"
+    source = write_gguf(tmp_path / "m.gguf", arrays)
+    assert cli.main(["llama", str(source), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "blk.1.attn_q.weight (for layers/1/self_attn/q_proj/kernel)" in error
+    assert "rope_freqs.weight [4]" in error
+    assert "2 problem(s)" in error
+    assert not out.exists()
+
+
+def test_tensor_can_be_left_out_by_name(
+    tmp_path: Path, gguf_arrays: Arrays, write_gguf: Callable[..., Path]
+) -> None:
+    arrays = gguf_arrays | {"extra.1.weight": np.ones(4, np.float32)}
+    source = write_gguf(tmp_path / "m.gguf", arrays)
+    command = ["llama", str(source), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    assert cli.main([*command, "--excuse", "extra.{i}.weight"]) == 0
+
+
+def test_eva_vit_is_written_for_the_grid_asked_for(
+    tmp_path: Path, tiny_config: ModelConfig
+) -> None:
+    rng = np.random.default_rng(0)
+    d, f = tiny_config.vit.width, tiny_config.vit.mlp_width
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, 10, d),
+        "patch_embed.proj.weight": (d, 3, 7, 7),
+        "patch_embed.proj.bias": (d,),
+    }
+    for name in (f"blocks.{i}." for i in range(2)):
+        shapes |= {f"{name}{n}.{x}": (d,) for n in ("norm1", "norm2") for x in ("weight", "bias")}
+        shapes |= {
+            f"{name}attn.qkv.weight": (3 * d, d),
+            f"{name}attn.q_bias": (d,),
+            f"{name}attn.v_bias": (d,),
+            f"{name}attn.proj.weight": (d, d),
+            f"{name}attn.proj.bias": (d,),
+            f"{name}mlp.fc1.weight": (f, d),
+            f"{name}mlp.fc1.bias": (f,),
+            f"{name}mlp.fc2.weight": (d, f),
+            f"{name}mlp.fc2.bias": (d,),
+        }
+    source = tmp_path / "eva.safetensors"
+    save_file({n: rng.normal(size=s).astype(np.float16) for n, s in shapes.items()}, source)
+    out = tmp_path / "out"
+    command = ["eva-vit", str(source), "--out", str(out), "--grid", "4", "--float32"]
+    assert cli.main([*command, "--layers", "2", "--heads", "4"]) == 0
+    params = load_params(out / "params", {"vit": abstract_params(tiny_config)["vit"]})
+    assert params["vit"]["pos_embed"].shape == (1, 17, d)
+    assert params["vit"]["cls_token"].dtype == np.float32
+
+
+def test_projection_is_written_with_its_licence(tmp_path: Path, tiny_config: ModelConfig) -> None:
+    tree = {
+        "kernel": np.ones((tiny_config.projection_in, tiny_config.llama.width), np.float32),
+        "bias": np.zeros(tiny_config.llama.width, np.float32),
+    }
+    save_file(to_released(tree), tmp_path / "released.safetensors")
+    out = tmp_path / "ours.safetensors"
+    command = ["projection", str(tmp_path / "released.safetensors"), "--out", str(out)]
+    assert cli.main([*command, "--preset", "tiny", "--licence", "MIT"]) == 0
+    assert b'"licence":"MIT"' in out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["llama", "nothing.gguf", "--out", "x"], "There is no nothing.gguf"),
+        (["llama", ".", "--out", "."], "exists and is not an empty folder"),
+        (["projection", "nothing.pth", "--out", "x"], "There is no nothing.pth"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_exit_code_2(
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["smol", "llama", "eva-vit", "projection"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out) > 200

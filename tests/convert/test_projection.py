@@ -1,0 +1,150 @@
+"""A projection goes to a file and back unchanged, and never into a model it was not made for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from convert import projection
+from convert.projection import ProjectionInfo, read_projection, write_projection
+from convert.rules import ConversionError
+from minigpt4_jax.config import ModelConfig, UserError
+
+
+@pytest.fixture
+def tree(tiny_config: ModelConfig) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    width = tiny_config.llama.width
+    return {
+        "kernel": rng.normal(size=(tiny_config.projection_in, width)).astype(np.float32),
+        "bias": rng.normal(size=width).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def info(tiny_config: ModelConfig) -> ProjectionInfo:
+    return ProjectionInfo(
+        config=tiny_config,
+        licence="CC-BY-4.0",
+        attribution="drawn by hand",
+        frozen_parts={"llama": "ab" * 32},
+        training={"steps": 3, "loss": 1.5},
+    )
+
+
+def test_file_and_back_is_exact_and_says_what_it_is(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    path = tmp_path / "p.safetensors"
+    write_projection(path, tree, info=info)
+    read, said = read_projection(path, info.config)
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(read[leaf], tree[leaf])
+    assert said == info
+
+
+def test_file_keeps_the_released_names_and_layout(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    write_projection(tmp_path / "p.safetensors", tree, info=info)
+    arrays = load_file(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(arrays["llama_proj.weight"], tree["kernel"].T)
+    np.testing.assert_array_equal(arrays["llama_proj.bias"], tree["bias"])
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_precision_file_is_rounded_once(
+    tmp_path: Path, tree: Any, info: ProjectionInfo, dtype: str, relative: float
+) -> None:
+    path = tmp_path / "p.safetensors"
+    write_projection(path, tree, info=info, dtype=dtype)
+    read, _ = read_projection(path, info.config)
+    assert read["kernel"].dtype == np.float32
+    np.testing.assert_allclose(read["kernel"], tree["kernel"], rtol=relative, atol=1e-7)
+    stored, _ = read_projection(path, info.config, dtype=None)
+    assert str(stored["kernel"].dtype) == dtype
+
+
+def test_released_form_is_read(tmp_path: Path, tree: Any, info: ProjectionInfo) -> None:
+    path = tmp_path / "released.safetensors"
+    inv_freq = "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(projection.to_released(tree) | {inv_freq: np.ones(4, np.float32)}, path)
+    read, said = read_projection(path, info.config)
+    np.testing.assert_array_equal(read["kernel"], tree["kernel"])
+    assert said is None
+
+
+def test_projection_of_another_model_is_named(tmp_path: Path, info: ProjectionInfo) -> None:
+    path = tmp_path / "vicuna.safetensors"
+    weight = np.zeros((4096, 768), np.float16)
+    save_file({"llama_proj.weight": weight, "llama_proj.bias": weight[:, 0].copy()}, path)
+    with pytest.raises(UserError, match=r"768 -> 4096 and fits Vicuna-7B.* needs 128 -> 32"):
+        read_projection(path, info.config)
+
+
+def test_projection_of_a_like_sized_model_is_refused(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    write_projection(tmp_path / "p.safetensors", tree, info=info)
+    other = dataclasses.replace(info.config, ln_vision_eps=1e-5)
+    with pytest.raises(UserError, match="ln_vision_eps is 1e-06, the model has 1e-05"):
+        read_projection(tmp_path / "p.safetensors", other)
+
+
+def test_lora_weights_are_not_dropped_in_silence(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    path = tmp_path / "v2.safetensors"
+    save_file(projection.to_released(tree) | {"x.q_proj.lora_A.weight": np.ones(4)}, path)
+    with pytest.raises(ConversionError, match=r"x\.q_proj\.lora_A\.weight"):
+        read_projection(path, info.config)
+
+
+def test_edited_file_is_called_damaged(tmp_path: Path, tree: Any, info: ProjectionInfo) -> None:
+    path = tmp_path / "p.safetensors"
+    write_projection(path, tree, info=info)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {"llama_proj.bias": tree["bias"] + 1}, path, metadata=metadata)
+    with pytest.raises(UserError, match="damaged or was edited"):
+        read_projection(path, info.config)
+
+
+def test_header_of_another_version_is_refused(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    path = tmp_path / "p.safetensors"
+    released = projection.to_released(tree)
+    save_file(released, path, metadata={"format": "minigpt4_jax.projection/9"})
+    with pytest.raises(UserError, match="has the format 'minigpt4_jax"):
+        read_projection(path, info.config)
+    save_file(released, path, metadata={"format": projection.FORMAT, "config": "{}"})
+    with pytest.raises(UserError, match="The header of"):
+        read_projection(path, info.config)
+
+
+def test_file_without_a_projection_is_said(tmp_path: Path, info: ProjectionInfo) -> None:
+    save_file({"a": np.ones(2)}, tmp_path / "p.safetensors")
+    with pytest.raises(UserError, match=r"holds no matrix 'llama_proj\.weight'"):
+        read_projection(tmp_path / "p.safetensors", info.config)
+
+
+def test_value_that_the_dtype_cannot_hold_is_refused_and_nothing_is_written(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    tree["kernel"][0, 0] = 1e6
+    with pytest.raises(UserError, match="not finite as float16"):
+        write_projection(tmp_path / "p.safetensors", tree, info=info, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shape_is_checked_before_writing(tmp_path: Path, tree: Any, info: ProjectionInfo) -> None:
+    tree["kernel"] = tree["kernel"][1:]
+    with pytest.raises(UserError, match=r"is \[127, 32\] with a bias \[32\]; the model has"):
+        write_projection(tmp_path / "p.safetensors", tree, info=info)

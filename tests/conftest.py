@@ -6,11 +6,16 @@ the same tests on it with JAX_PLATFORMS=cuda (or tpu).
 
 from __future__ import annotations
 
+import math
 import os
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
 
 from minigpt4_jax.config import ModelConfig
@@ -29,15 +34,33 @@ def tiny_config() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def tiny_params(tiny_config: ModelConfig) -> dict[str, object]:
+def draw_params() -> Callable[[Any], Any]:
+    """A function from an abstract tree to random float32 parameters, each leaf seeded by its name.
+
+    Lively on purpose: kernels keep the variance of what passes through them and norms scale by about 1, so that a
+    wrong mask, rope or head order moves the logits far beyond any tolerance. (Small weights everywhere would leave
+    the residual stream alone and let such a mistake pass.)
+    """
+
+    def draw_leaf(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        path = "/".join(key.key for key in keys)
+        noise = np.random.default_rng(zlib.crc32(path.encode())).normal(size=leaf.shape)
+        match keys[-1].key:
+            case "kernel":
+                noise /= math.prod(leaf.shape[:-1]) ** 0.5
+            case "scale":
+                noise = 1 + 0.2 * noise
+            case _:  # biases and embeddings
+                noise *= 0.5
+        return jax.device_put(noise.astype(np.float32))
+
+    return lambda abstract: jax.tree_util.tree_map_with_path(draw_leaf, abstract)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config: ModelConfig, draw_params: Callable[[Any], Any]) -> dict[str, Any]:
     """Random parameters of `tiny_config` in the disk layout, float32. Shared: never donate them."""
     from minigpt4_jax.models.minigpt4 import abstract_params
 
-    abstract = abstract_params(tiny_config)
-    leaves, tree = jax.tree.flatten(abstract)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    arrays = [
-        jax.random.normal(key, leaf.shape, leaf.dtype) * 0.05
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, arrays)
+    params: dict[str, Any] = draw_params(abstract_params(tiny_config))
+    return params

@@ -5,6 +5,8 @@ Not for: attention (`attention.py`) and rotary embeddings (`rope.py`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -75,7 +77,7 @@ class Unstacked(nn.Module):
 
     block: type[nn.Module]
     num_layers: int
-    block_args: dict[str, Any]
+    block_args: Mapping[str, Any]  # linen freezes a dict
 
     @nn.compact
     def __call__(
@@ -96,7 +98,7 @@ def run_blocks(
     *,
     name: str,
     stacked: bool,
-    block_args: dict[str, Any],
+    block_args: Mapping[str, Any],
     x: Array,
     caches: tuple[Any, ...] | None,
     args: tuple[Any, ...],
@@ -138,7 +140,7 @@ class _ScanBody(nn.Module):
     """One step of the scan: the block's parameters sit directly under the stack's name."""
 
     block: type[nn.Module]
-    block_args: dict[str, Any]
+    block_args: Mapping[str, Any]  # linen freezes dicts that pass through `nn.scan`
 
     @nn.compact
     def __call__(self, x: Array, *args: Any) -> tuple[Array, Array]:

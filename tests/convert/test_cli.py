@@ -72,6 +72,26 @@ def test_tensor_can_be_left_out_by_name(
     assert cli.main([*command, "--excuse", "extra.{i}.weight"]) == 0
 
 
+def test_smol_says_what_it_is_and_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"project": "p", "version": "1", "member": "p/m.gguf", "licence": "MIT"}
+    manifest = {"sources": {"llama": source | {"member_sha256": "ab" * 32}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    def prepared(progress: Callable[[str, int, int], None]) -> Path:
+        progress("Converting", 1, 1)
+        return tmp_path
+
+    monkeypatch.setattr(cli, "prepare_smol", prepared)
+    monkeypatch.setattr(cli, "_out", Console(width=200))
+    assert cli.main(["smol"]) == 0
+    out = capsys.readouterr().out
+    assert "m.gguf" in out
+    assert "MIT" in out
+    assert str(tmp_path) in out
+
+
 def test_eva_vit_is_written_for_the_grid_asked_for(
     tmp_path: Path, tiny_config: ModelConfig
 ) -> None:

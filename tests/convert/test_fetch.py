@@ -1,4 +1,8 @@
-"""A fetched file is the pinned one or it is not there, whatever happens on the way. pip runs for real, on a folder."""
+"""A fetched file is the pinned one or it is not there, whatever happens on the way.
+
+Where pip matters it runs for real, on a folder; elsewhere a copy takes its place, because each run of pip costs a
+second.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dataclasses
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -78,6 +83,18 @@ def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", popen)
 
 
+@pytest.fixture
+def copied(wanted: WheelMember, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelMember:
+    """`wanted`, with a copy of the wheel in place of pip."""
+
+    def copy(member: WheelMember, folder: Path) -> Path:
+        (wheel,) = (tmp_path / "wheels").iterdir()
+        return Path(shutil.copy(wheel, folder))
+
+    monkeypatch.setattr(fetch, "_download", copy)
+    return wanted
+
+
 def test_wheel_is_fetched_alone_and_its_member_kept(wanted: WheelMember, cache: Path) -> None:
     """Alone: the wheel asks for a package that does not exist anywhere."""
     path = fetch_member(wanted, cache)
@@ -94,30 +111,30 @@ def test_second_call_needs_no_pip_and_no_network(
 
 
 def test_file_that_was_changed_in_the_cache_is_fetched_again(
-    wanted: WheelMember, cache: Path
+    copied: WheelMember, cache: Path
 ) -> None:
-    fetch_member(wanted, cache).write_bytes(CONTENT[:-1])
-    assert fetch_member(wanted, cache).read_bytes() == CONTENT
+    fetch_member(copied, cache).write_bytes(CONTENT[:-1])
+    assert fetch_member(copied, cache).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("which", ["wheel_sha256", "member_sha256"])
 def test_wrong_hash_is_refused_and_leaves_nothing(
-    which: str, wanted: WheelMember, cache: Path
+    which: str, copied: WheelMember, cache: Path
 ) -> None:
-    wrong = dataclasses.replace(wanted, **{which: "0" * 64})
+    wrong = dataclasses.replace(copied, **{which: "0" * 64})
     with pytest.raises(UserError, match=r"has SHA-256 \w{64}; expected 0{64}\..*thrown away"):
         fetch_member(wrong, cache)
     assert left_behind(cache) == []
 
 
-def test_member_that_is_not_in_the_wheel_is_said(wanted: WheelMember, cache: Path) -> None:
+def test_member_that_is_not_in_the_wheel_is_said(copied: WheelMember, cache: Path) -> None:
     with pytest.raises(UserError, match="expected tinyweights/other in it"):
-        fetch_member(dataclasses.replace(wanted, member="tinyweights/other"), cache)
+        fetch_member(dataclasses.replace(copied, member="tinyweights/other"), cache)
     assert left_behind(cache) == []
 
 
 def test_interrupt_leaves_nothing_and_the_next_run_succeeds(
-    wanted: WheelMember, cache: Path, monkeypatch: pytest.MonkeyPatch
+    copied: WheelMember, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object) -> Path:
         raise KeyboardInterrupt
@@ -125,9 +142,9 @@ def test_interrupt_leaves_nothing_and_the_next_run_succeeds(
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "_extract", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            fetch_member(wanted, cache)
+            fetch_member(copied, cache)
     assert left_behind(cache) == []
-    assert fetch_member(wanted, cache).read_bytes() == CONTENT
+    assert fetch_member(copied, cache).read_bytes() == CONTENT
 
 
 FETCH = """
@@ -234,7 +251,7 @@ def test_too_little_space_is_said_before_fetching(
 def test_disk_errors_name_the_cache_and_how_to_move_it(
     number: int,
     message: str,
-    wanted: WheelMember,
+    copied: WheelMember,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -243,7 +260,7 @@ def test_disk_errors_name_the_cache_and_how_to_move_it(
 
     monkeypatch.setattr(fetch, "_extract", fail)
     with pytest.raises(UserError, match=f"{message}.*MINIGPT4_CACHE=FOLDER"):
-        fetch_member(wanted, cache)
+        fetch_member(copied, cache)
     assert left_behind(cache) == []
 
 

@@ -51,10 +51,9 @@ def convert_layout(params: Params, source: Layout, target: Layout, *, llama: Lla
         llama: gives the widths at which fused kernels are split.
 
     Raises:
-        ValueError: a layer's sub-tree does not have the leaves that `source` promises.
+        ValueError: the tree is not in the layout `source`, or a layer is missing.
     """
-    if source == target:
-        return params
+    _require_layout(params, source)
     plain = params
     if source.stacked:
         plain = _map_repeated(plain, _unstack)
@@ -65,6 +64,26 @@ def convert_layout(params: Params, source: Layout, target: Layout, *, llama: Lla
     if target.stacked:
         plain = _map_repeated(plain, _stack)
     return plain
+
+
+def _require_layout(tree: Params, layout: Layout, where: str = "") -> None:
+    """Without this, a stacked and fused tree said to be plain would come out as it is, and nobody would know."""
+    for name, sub in tree.items():
+        path = f"{where}{name}"
+        if name not in REPEATED:
+            if isinstance(sub, dict):
+                _require_layout(sub, layout, f"{path}/")
+            continue
+        if all(key.isdigit() for key in sub) == layout.stacked:
+            raise ValueError(f"{path} has the keys {sorted(sub)}; expected those of {layout}.")
+        layers = {path: sub} if layout.stacked else {f"{path}/{i}": sub[i] for i in sub}
+        for layer_path, layer in layers.items() if name == "layers" else ():
+            for part, (joint, names) in _FUSED.items():
+                found, expected = set(layer.get(part, {})), {joint} if layout.fused else set(names)
+                if not expected <= found:
+                    raise ValueError(
+                        f"{layer_path}/{part} has {sorted(found)}; expected {sorted(expected)} in {layout}."
+                    )
 
 
 def _map_repeated(tree: Any, function: Any) -> Any:

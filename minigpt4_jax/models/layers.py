@@ -6,7 +6,6 @@ Not for: attention (`attention.py`) and rotary embeddings (`rope.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
 from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
 from minigpt4_jax.generation.sampling import Sampling
 from minigpt4_jax.models.kv_cache import KVCache, init_cache
@@ -32,14 +32,18 @@ class Engine:
         config: sizes of the model.
         dtype: compute dtype; the cache has it too.
         context: cache slots: the longest prompt plus answer, in tokens.
+
+    Raises:
+        UserError: `context` is more than the model's positions.
     """
 
     def __init__(
         self, params: Params, config: ModelConfig, *, dtype: DTypeLike, context: int
     ) -> None:
         if context > config.llama.max_positions:
-            raise ValueError(
-                f"context is {context}; the model was trained for at most {config.llama.max_positions} positions."
+            raise UserError(
+                f"context is {context}; expected at most {config.llama.max_positions}, the positions that the model "
+                "was trained for."
             )
         self.config = config
         self.context = context
@@ -99,7 +103,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "R D"] | None],
+        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
         *,
         max_new_tokens: int,
         stop_tokens: Collection[int],
@@ -120,7 +124,7 @@ class Engine:
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "R D"] | None],
+        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
         max_new_tokens: int,
         sampling: Sampling,
     ) -> Iterator[Int[np.ndarray, " B"]]:
@@ -142,7 +146,9 @@ class Engine:
                 state, _ = self._decode_step(self._params, state, sampling=sampling)
             yield np.asarray(state.token)
         finally:
-            self._free_caches[batch] = state.caches
+            # Ctrl-C inside a step: the old cache was donated and the new one has no name. The next answer makes another.
+            if not state.caches[0].k.is_deleted():
+                self._free_caches[batch] = state.caches
 
     def _pad_prompts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -165,7 +171,7 @@ class Engine:
     def _pad_images(
         self,
         prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "R D"] | None],
+        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
     ) -> Float[Array, "B R D"]:
         width, unit = self.config.llama.width, self.config.num_image_tokens
         rows = [np.zeros((0, width), np.float32) if e is None else e for e in image_embeds]

@@ -1,0 +1,297 @@
+"""generation/engine.py: one set of compiled functions, a cache that is reused in place, errors in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
+from minigpt4_jax.generation.engine import Engine
+from minigpt4_jax.generation.sampling import GREEDY, Sampling
+from minigpt4_jax.models.layout import DISK
+from minigpt4_jax.models.minigpt4 import make_model
+
+CONTEXT = 100
+NEVER: tuple[int, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
+    return Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+
+
+def answer(engine: Engine, prompt: Any, *, steps: int = 10, **changes: Any) -> list[int]:
+    ids, embeds = prompt
+    settings: dict[str, Any] = {"stop_tokens": NEVER, "sampling": GREEDY, **changes}
+    return list(engine.stream(ids, embeds, max_new_tokens=steps, **settings))
+
+
+@pytest.fixture(scope="module")
+def answers(engine: Engine, prompts: Any) -> list[list[int]]:
+    """The greedy answers to `prompts`, one at a time."""
+    return [answer(engine, prompt) for prompt in prompts]
+
+
+def test_a_streamed_answer_is_what_the_full_model_says(
+    answers: list[list[int]], prompts: Any, full_logits: Any
+) -> None:
+    for (ids, embeds), found in zip(prompts, answers, strict=True):
+        whole = full_logits([*ids, *found], embeds)
+        assert found == whole[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def test_many_answers_at_once_are_the_answers_one_by_one(
+    engine: Engine, prompts: Any, answers: list[list[int]]
+) -> None:
+    found = engine.generate(
+        [ids for ids, _ in prompts],
+        [embeds if len(embeds) else None for _, embeds in prompts],
+        max_new_tokens=10,
+        stop_tokens=NEVER,
+        sampling=GREEDY,
+    )
+    assert found == answers
+
+
+def test_a_stop_token_ends_an_answer_and_is_in_it(
+    engine: Engine, prompts: Any, answers: list[list[int]]
+) -> None:
+    for prompt, whole in zip(prompts, answers, strict=True):
+        stop = whole[4]
+        end = whole.index(stop) + 1
+        assert answer(engine, prompt, stop_tokens={stop}) == whole[:end]
+
+
+def test_a_row_that_stopped_does_not_stop_the_others(
+    engine: Engine, prompts: Any, answers: list[list[int]]
+) -> None:
+    stop = answers[0][2]
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in answers]
+    assert len({len(row) for row in expected}) > 1
+    found = engine.generate(
+        [ids for ids, _ in prompts],
+        [embeds for _, embeds in prompts],
+        max_new_tokens=10,
+        stop_tokens=[stop],
+        sampling=GREEDY,
+    )
+    assert found == expected
+
+
+def test_one_token_can_be_asked_for(engine: Engine, prompts: Any, answers: Any) -> None:
+    assert answer(engine, prompts[0], steps=1) == answers[0][:1]
+
+
+def test_the_penalty_is_part_of_the_call(engine: Engine, prompts: Any, answers: Any) -> None:
+    penalized = [answer(engine, p, sampling=Sampling(repetition_penalty=1.5)) for p in prompts]
+    assert penalized != answers
+    assert [answer(engine, prompt) for prompt in prompts] == answers
+
+
+# --- compiling, memory ---
+
+
+@pytest.fixture
+def compiles() -> Iterator[list[str]]:
+    """One entry per program that XLA compiles while the test runs."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_s: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextmanager
+def without_signature_checks() -> Iterator[None]:
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def test_nothing_compiles_after_the_first_answer_of_a_bucket(
+    tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
+) -> None:
+    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    # Another length, another answer length, a picture or none: the same bucket of 64.
+    one, none = prompts[0], prompts[2]
+    answer(fresh, one)
+    assert compiles, "the listener hears nothing; the test shows nothing"
+    compiles.clear()
+    answer(fresh, one, steps=3)
+    answer(fresh, none, steps=7)
+    answer(fresh, (one[0] + [1] * 9, one[1]), stop_tokens={1})
+    assert compiles == []
+    longer = ([*one[0], *[2] * 40], one[1])
+    assert fresh.bucket(len(longer[0])) > 64
+    answer(fresh, longer, steps=3)
+    assert compiles, "a new bucket is a new program"
+    compiles.clear()
+    answer(fresh, (longer[0] + [3] * 2, longer[1]), steps=2)
+    answer(fresh, none)
+    assert compiles == []
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_decode_step"])
+def test_the_cache_is_updated_in_place(
+    name: str, engine: Engine, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(engine, name)
+    aliased: list[int] = []
+
+    def record(params: Any, caches_or_state: Any, *rest: Any, sampling: Sampling) -> Any:
+        # `lower` rebuilds its arguments from abstract values, which the checked signatures do not know.
+        with without_signature_checks():
+            lowered = real.lower(params, caches_or_state, *rest, sampling=sampling)
+        aliased.append(lowered.compile().memory_analysis().alias_size_in_bytes)
+        given = jax.tree.leaves(getattr(caches_or_state, "caches", caches_or_state))
+        before = {leaf.unsafe_buffer_pointer() for leaf in given}
+        state, logits = real(params, caches_or_state, *rest, sampling=sampling)
+        assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.caches)} == before
+        assert all(leaf.is_deleted() for leaf in given), "the old cache can still be used"
+        return state, logits
+
+    monkeypatch.setattr(engine, name, record)
+    answer(engine, prompts[0], steps=2)
+    cfg = engine.config.llama
+    cache_bytes = 2 * cfg.num_layers * CONTEXT * cfg.num_kv_heads * cfg.head_dim * 4
+    assert aliased[0] >= cache_bytes
+
+
+def test_the_cache_of_the_last_answer_serves_the_next(engine: Engine, prompts: Any) -> None:
+    answer(engine, prompts[0])
+    place = engine._free_caches[1][0].k.unsafe_buffer_pointer()
+    answer(engine, prompts[1])
+    assert engine._free_caches[1][0].k.unsafe_buffer_pointer() == place
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 100), (100, 100)])
+def test_prompts_are_padded_to_powers_of_two_up_to_the_context(
+    length: int, expected: int, engine: Engine
+) -> None:
+    assert engine.bucket(length) == expected
+
+
+# --- stopped halfway ---
+
+
+def test_a_closed_stream_leaves_an_engine_that_answers(
+    engine: Engine, prompts: Any, answers: list[list[int]]
+) -> None:
+    for taken in (1, 2, 5):
+        ids, embeds = prompts[0]
+        stream = engine.stream(ids, embeds, max_new_tokens=10, stop_tokens=NEVER, sampling=GREEDY)
+        assert [next(stream) for _ in range(taken)] == answers[0][:taken]
+        stream.close()
+        assert [answer(engine, prompt) for prompt in prompts] == answers
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_decode_step"])
+def test_ctrl_c_inside_a_step_leaves_an_engine_that_answers(
+    name: str,
+    engine: Engine,
+    prompts: Any,
+    answers: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The signal is raised after the compiled call, which took the old cache, and before its result has a name.
+    real = getattr(engine, name)
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        real(*args, **settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(engine, prompts[0])
+    assert answer(engine, prompts[0]) == answers[0]
+
+
+def test_two_streams_side_by_side_do_not_share_a_cache(
+    engine: Engine, prompts: Any, answers: list[list[int]]
+) -> None:
+    streams = [
+        engine.stream(*prompt, max_new_tokens=10, stop_tokens=NEVER, sampling=GREEDY)
+        for prompt in prompts[:2]
+    ]
+    turns = [[next(stream) for stream in streams] for _ in range(10)]
+    assert [list(tokens) for tokens in zip(*turns, strict=True)] == answers[:2]
+    for stream in streams:
+        stream.close()
+
+
+# --- errors and pictures ---
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5, 8])
+def test_placeholders_and_embeddings_must_match(
+    rows: int, engine: Engine, prompts: Any, tiny_config: ModelConfig
+) -> None:
+    ids, _ = prompts[0]
+    embeds = np.zeros((rows, tiny_config.llama.width), np.float32) if rows else None
+    with pytest.raises(ValueError, match=f"Prompt 0 has 4 image slots and {rows} image embeddings"):
+        answer(engine, (ids, embeds))
+
+
+@pytest.mark.parametrize(("length", "steps"), [(0, 5), (96, 5), (101, 1)])
+def test_prompt_and_answer_must_fit_the_context(length: int, steps: int, engine: Engine) -> None:
+    with pytest.raises(ValueError, match=f"{length} tokens and {steps} new.*at most {CONTEXT}"):
+        answer(engine, ([1] * length, None), steps=steps)
+
+
+def test_the_context_can_be_filled_to_the_last_slot(engine: Engine, full_logits: Any) -> None:
+    ids = [int(token) for token in np.random.default_rng(11).integers(0, 384, 95)]
+    found = answer(engine, (ids, None), steps=5)
+    expected = full_logits([*ids, *found], np.zeros((0, 32), np.float32))
+    assert found == expected[94:-1].argmax(-1).tolist()
+
+
+def test_a_context_beyond_the_models_positions_is_refused(
+    tiny_params: Any, tiny_config: ModelConfig
+) -> None:
+    with pytest.raises(UserError, match="context is 257; expected at most 256"):
+        Engine(tiny_params, tiny_config, dtype=jnp.float32, context=257)
+
+
+def test_pictures_are_encoded_as_the_model_does(
+    engine: Engine, tiny_params: Any, tiny_config: ModelConfig
+) -> None:
+    size = tiny_config.vit.image_size
+    images = np.random.default_rng(12).normal(size=(3, size, size, 3)).astype(np.float32)
+    model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
+    expected = jax.jit(
+        lambda params, x: model.apply({"params": params}, x, method="encode_images")
+    )(tiny_params, images)
+    found = engine.encode_images(images)
+    assert found.dtype == np.float32
+    assert found.shape == (3, tiny_config.num_image_tokens, tiny_config.llama.width)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_placeholder_is_never_answered(answers: list[list[int]]) -> None:
+    assert IMAGE_TOKEN_ID not in {token for row in answers for token in row}
+
+
+def test_bfloat16_generates_within_its_precision(
+    tiny_params: Any, tiny_config: ModelConfig, prompts: Any, full_logits: Any
+) -> None:
+    narrow = Engine(tiny_params, tiny_config, dtype=jnp.bfloat16, context=CONTEXT)
+    ids, embeds = prompts[0]
+    found = answer(narrow, prompts[0], steps=6)
+    logits = full_logits([*ids, *found], embeds)[len(ids) - 1 : -1]
+    # Eight bits of mantissa through two layers: the chosen token is among the best few of float32.
+    gap = logits.max(-1) - np.take_along_axis(logits, np.asarray(found)[:, None], axis=1)[:, 0]
+    assert gap.max() < 0.5

@@ -6,12 +6,10 @@ linear layer makes image tokens ten times too large, and training spends its fir
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.training.features import Features
@@ -46,41 +44,43 @@ def caption_targets(
 def ridge_projection(
     config: ModelConfig,
     features: Features,
-    image_index: Float[np.ndarray, " N"],
+    image_index: Int[np.ndarray, " N"],
     targets: Float[np.ndarray, "N D"],
     *,
+    within: float,
     penalty: float,
-    chunk: int = 256,
+    chunk: int = 64,
 ) -> Projection:
-    """Ridge regression from every image token's patches to the picture's target vector.
+    """Ridge regression from a picture's mean image token to its target vector.
 
-    Minimises `sum ||x W + b - t||^2 + penalty * n * var(x) ||W||^2` over all `n` image tokens of all pictures, with `x`
-    centred. Solved by the normal equations in float64, accumulated in chunks, so the features never sit in memory.
+    With `m_i` the mean over the patch groups of picture `i`, `d_ij` the deviation of group `j` from it, both centred:
+    minimises `sum_i |m_i W + b - t_i|^2 + within * sum_ij |d_ij W|^2 + penalty * var(m) |W|^2`. The picture as a whole
+    is to say the word; `within` keeps its single tokens from scattering around it. (Regressing every token to the word
+    instead found half as many names of unseen drawings.) Solved in float64 by the normal equations, accumulated in
+    chunks, so that the features never sit in memory.
 
     Args:
         image_index: row of `features` for each target.
-        penalty: relative to the mean variance of an input; 0.01 to 1 is the useful range.
+        within: weight of the scatter inside a picture, per token; 0.1 brings image tokens to the size of token
+            embeddings.
+        penalty: relative to the mean variance of `m`; 0.01 is useful.
     """
     width_in, width_out = config.projection_in, config.llama.width
-
-    def chunks() -> Iterator[tuple[Float[np.ndarray, "n F"], Float[np.ndarray, "n D"]]]:
-        for first in range(0, len(image_index), chunk):
-            rows = image_index[first : first + chunk]
-            x = np.asarray(features[rows], np.float32).reshape(-1, width_in)
-            yield x, np.repeat(targets[first : first + chunk], config.num_image_tokens, axis=0)
-
-    count = len(image_index) * config.num_image_tokens
-    mean_x, mean_t = np.zeros(width_in), np.zeros(width_out)
-    for x, t in chunks():
-        mean_x += x.sum(0) / count
-        mean_t += t.sum(0) / count
-    gram, cross = np.zeros((width_in, width_in)), np.zeros((width_in, width_out))
-    for x, t in chunks():
-        centred = x - mean_x.astype(np.float32)
-        gram += centred.T @ centred
-        cross += centred.T @ (t - mean_t.astype(np.float32))
-    gram[np.diag_indices(width_in)] += penalty * np.trace(gram) / width_in
-    kernel = np.linalg.solve(gram, cross)
+    means = np.zeros((len(image_index), width_in), np.float32)
+    scatter = np.zeros((width_in, width_in), np.float32)
+    for first in range(0, len(image_index), chunk):
+        rows = np.asarray(features[image_index[first : first + chunk]], np.float32)
+        groups = rows.reshape(len(rows), config.num_image_tokens, width_in)
+        means[first : first + chunk] = groups.mean(axis=1)
+        deviations = (groups - groups.mean(axis=1, keepdims=True)).reshape(-1, width_in)
+        scatter += deviations.T @ deviations
+    mean_x, mean_t = means.mean(axis=0), targets.mean(axis=0)
+    centred = means - mean_x
+    gram = (centred.T @ centred).astype(np.float64)
+    ridge = penalty * np.trace(gram) / width_in
+    gram += (within / config.num_image_tokens) * scatter
+    gram[np.diag_indices(width_in)] += ridge
+    kernel = np.linalg.solve(gram, (centred.T @ (targets - mean_t)).astype(np.float64))
     return {
         "kernel": jnp.asarray(kernel, jnp.float32),
         "bias": jnp.asarray(mean_t - mean_x @ kernel, jnp.float32),

@@ -34,7 +34,7 @@ from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState, init_state
 from minigpt4_jax.training.step import make_train_step
 
-RIDGE_PENALTY = 0.1
+RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
 FEATURE_BATCH = 16
 Save = Callable[[Path, Projection], None]
 """Writes a finished projection; `convert` knows the file format, training does not."""
@@ -198,6 +198,7 @@ def _start_or_resume(
                 features,
                 np.asarray([rows[example.image_id] for example in examples]),
                 caption_targets([tokenizer.encode(e.caption) for e in examples], embedding),
+                within=RIDGE_WITHIN,
                 penalty=RIDGE_PENALTY,
             )
         else:

@@ -156,8 +156,7 @@ class MiniGPT4:
             sampling=config.sampling,
         )
         return [
-            chat.add_answer(_read(chat, ids), ids)
-            for chat, ids in zip(chats, answers, strict=True)
+            chat.add_answer(_read(chat, ids), ids) for chat, ids in zip(chats, answers, strict=True)
         ]
 
     def _conversation(self) -> Conversation[Float[np.ndarray, "T D"]]:
@@ -260,9 +259,7 @@ def load_frozen(name: str, *, progress: Progress | None = None) -> tuple[Params,
         UserError: the preset has no weights that can be fetched, or fetching or converting them failed.
     """
     if name != "smol":
-        raise UserError(
-            f"There are no weights to fetch for preset {name!r}; expected smol."
-        )
+        raise UserError(f"There are no weights to fetch for preset {name!r}; expected smol.")
     from convert.smol import prepare_smol
 
     folder = prepare_smol(progress)

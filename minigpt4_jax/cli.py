@@ -108,7 +108,9 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _converse(chat: Chat) -> int:
-    print("Ask about the picture. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", flush=True)
+    print(
+        "Ask about the picture. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", flush=True
+    )
     while True:
         try:
             question = input("\n> ").strip()
@@ -141,7 +143,10 @@ def _add_train(commands: Any) -> None:
         "--print-config", action="store_true", help="print the merged configuration and exit"
     )
     train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. optimizer.init_lr=1e-3 workdir=runs/a"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="e.g. optimizer.init_lr=1e-3 workdir=runs/a",
     )
     train.set_defaults(run=_train)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minigpt4_jax.generation.sampling import Sampling, choose
 from minigpt4_jax.models.attention import make_cache_mask
 from minigpt4_jax.models.kv_cache import KVCache
-from minigpt4_jax.models.minigpt4 import MiniGPT4, Params
+from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, apply_method
 
 
 @flax.struct.dataclass
@@ -53,19 +53,19 @@ def prefill(
     Returns:
         The state after the first token, and the logits it was chosen from (before the penalty).
     """
-    variables = {"params": params}
-    embeds = model.apply(variables, token_ids, image_embeds, method="embed_prompt")
+    embeds = apply_method(model, params, "embed_prompt", token_ids, image_embeds)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1])[None], token_ids.shape)
-    hidden, caches, _ = model.apply(
-        variables,
+    hidden, caches, _ = apply_method(
+        model,
+        params,
+        "decode",
         embeds,
         positions=positions,
         mask=make_cache_mask(positions, caches[0].k.shape[1]),
         caches=caches,
-        method="decode",
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = model.apply(variables, last, method="head")
+    logits = apply_method(model, params, "head", last)
     return _advance(logits, lengths, seen, caches, sampling), logits
 
 
@@ -73,18 +73,18 @@ def decode_step(
     params: Params, state: DecodeState, *, model: MiniGPT4, sampling: Sampling
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Feeds every row's newest token and chooses the next. Donate `state`: the caches are updated in place."""
-    variables = {"params": params}
-    embeds = model.apply(variables, state.token[:, None], None, method="embed_prompt")
+    embeds = apply_method(model, params, "embed_prompt", state.token[:, None], None)
     positions = state.position[:, None]
-    hidden, caches, _ = model.apply(
-        variables,
+    hidden, caches, _ = apply_method(
+        model,
+        params,
+        "decode",
         embeds,
         positions=positions,
         mask=make_cache_mask(positions, state.caches[0].k.shape[1]),
         caches=state.caches,
-        method="decode",
     )
-    logits = model.apply(variables, hidden[:, 0], method="head")
+    logits = apply_method(model, params, "head", hidden[:, 0])
     return _advance(logits, state.position + 1, state.seen, caches, sampling), logits
 
 

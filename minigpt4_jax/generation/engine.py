@@ -21,7 +21,7 @@ from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
 from minigpt4_jax.generation.sampling import Sampling
 from minigpt4_jax.models.kv_cache import KVCache, init_cache
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
-from minigpt4_jax.models.minigpt4 import Params, make_model
+from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 
 
 class Engine:
@@ -63,9 +63,7 @@ class Engine:
             donate_argnums=1,
         )
         self._encode = jax.jit(
-            lambda params, images: self._model.apply(
-                {"params": params}, images, method="encode_images"
-            )
+            lambda params, images: apply_method(self._model, params, "encode_images", images)
         )
         self._free_caches: dict[int, KVCache] = {}
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minigpt4_jax.dims import Mask
+
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def attend(
@@ -36,11 +39,12 @@ def attend(
     rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
     scores = (rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32)
     if mask is not None:
-        lowest = jnp.finfo(jnp.float32).min
         scores = scores.reshape(batch, kv_heads, groups, length, -1)
-        scores = jnp.where(mask[:, None, None], scores, lowest).reshape(*rows.shape[:3], -1)
+        scores = jnp.where(mask[:, None, None], scores, _LOWEST).reshape(*rows.shape[:3], -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    attended = (weights @ v.transpose(0, 2, 1, 3)).reshape(batch, kv_heads, groups, length, head_dim)
+    attended = (weights @ v.transpose(0, 2, 1, 3)).reshape(
+        batch, kv_heads, groups, length, head_dim
+    )
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 

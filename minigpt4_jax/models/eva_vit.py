@@ -66,9 +66,7 @@ class Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "I P C"], cache: None
-    ) -> tuple[Float[Array, "I P C"], None]:
+    def __call__(self, x: Float[Array, "I P C"], cache: None) -> tuple[Float[Array, "I P C"], None]:
         cfg = self.config
         x = x + Attention(cfg, self.dtype, name="attn")(
             LayerNorm(cfg.norm_eps, self.dtype, name="norm1")(x)
@@ -89,13 +87,13 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: Images) -> Float[Array, "I P C"]:
         cfg = self.config
         size = cfg.patch_size
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (size, size, 3, cfg.width)
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, size, 3, cfg.width))
         bias = self.param("bias", nn.initializers.zeros, (cfg.width,))
         count = images.shape[0]
         patches = images.astype(self.dtype).reshape(count, cfg.grid, size, cfg.grid, size, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(count, cfg.num_patches, size * size * 3)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(
+            count, cfg.num_patches, size * size * 3
+        )
         flat = kernel.reshape(size * size * 3, cfg.width).astype(self.dtype)
         return patches @ flat + bias.astype(self.dtype)[None, None]
 

@@ -58,9 +58,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -115,15 +113,12 @@ def run_blocks(
         caller uses it).
     """
     if not stacked:
-        x, new_caches, states = Unstacked(block, num_layers, block_args, name=name)(
-            x, caches, *args
-        )
-        return x, (None if caches is None else new_caches), jnp.stack(states)
+        x, new_caches, each = Unstacked(block, num_layers, block_args, name=name)(x, caches, *args)
+        return x, (None if caches is None else new_caches), jnp.stack(each)
     if caches is not None:
         raise ValueError(
             "The stacked layout has no KV cache; convert the parameters to models.layout.DECODE first."
         )
-
     scanned = nn.scan(
         _ScanBody,
         variable_axes={"params": 0},

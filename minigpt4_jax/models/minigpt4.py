@@ -123,7 +123,7 @@ class MiniGPT4(nn.Module):
         return self.llama.head(hidden)
 
     def __call__(self, batch: Batch) -> tuple[Float[Array, "B S V"], dict[str, Array]]:
-        rows, per_row = batch.images.shape[:2]
+        rows = batch.images.shape[0]
         vision, vit_states = self.encode_vision(batch.images.reshape(-1, *batch.images.shape[2:]))
         image_embeds = self.project(vision[:, 1:])
         embeds = self.embed_prompt(
@@ -151,6 +151,11 @@ def make_positions(attention_mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
 def make_model(config: ModelConfig, *, layout: Layout, dtype: DTypeLike) -> MiniGPT4:
     """The linen module for parameters in `layout`, computing in `dtype`."""
     return MiniGPT4(config, layout, dtype)
+
+
+def apply_method(model: MiniGPT4, params: Params, method: str, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply` of one method, typed as what it returns: linen's own type adds mutable collections we never have."""
+    return model.apply({"params": params}, *args, method=method, **kwargs)
 
 
 def forward(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float16
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.models.minigpt4 import MiniGPT4, Params
+from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, apply_method
 
 Features = Float16[np.ndarray, "N P C"]
 
@@ -61,7 +61,7 @@ def encode_features(
     folder.mkdir(parents=True, exist_ok=True)
     done_path = folder / f"{key[:16]}.npy"
     if done_path.exists():
-        features = np.load(done_path, mmap_mode="r")
+        features: Features = np.load(done_path, mmap_mode="r")
         if features.shape != shape:
             raise UserError(
                 f"{done_path} has shape {features.shape}; expected {shape}. Delete it to encode again."
@@ -74,9 +74,7 @@ def encode_features(
     store = np.lib.format.open_memmap(
         partial, mode="r+" if start else "w+", dtype=np.float16, shape=shape
     )
-    encode = jax.jit(
-        lambda params, x: model.apply({"params": params}, x, method="encode_vision")[0][:, 1:]
-    )
+    encode = jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0][:, 1:])
     vision = {"vit": params["vit"], "ln_vision": params["ln_vision"]}
     advance(start)
     for first in range(start, len(images), batch_size):
@@ -91,4 +89,5 @@ def encode_features(
         advance(len(paths))
     os.replace(partial, done_path)
     counter.unlink(missing_ok=True)
-    return np.load(done_path, mmap_mode="r")
+    whole: Features = np.load(done_path, mmap_mode="r")
+    return whole

@@ -65,7 +65,7 @@ def ridge_projection(
             embeddings.
         penalty: relative to the mean variance of `m`; 0.01 is useful.
     """
-    width_in, width_out = config.projection_in, config.llama.width
+    width_in = config.projection_in
     means = np.zeros((len(image_index), width_in), np.float32)
     scatter = np.zeros((width_in, width_in), np.float32)
     for first in range(0, len(image_index), chunk):

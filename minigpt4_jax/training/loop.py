@@ -31,7 +31,7 @@ from minigpt4_jax.training.features import Features, encode_features, fingerprin
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import Metrics, make_progress
 from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
-from minigpt4_jax.training.state import Projection, TrainBatch, TrainState, init_state
+from minigpt4_jax.training.state import Projection, TrainBatch, init_state
 from minigpt4_jax.training.step import make_train_step
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
@@ -95,45 +95,50 @@ def train(
             length_multiple=config.data.length_multiple,
             max_positions=preset.model.llama.max_positions,
         ) as batches,
-        _stop_on_sigterm(),
+        _stop_after_step() as stop,
     ):
         meta = {"run": _identity(config)}
-        state, step = _start_or_resume(
-            config, preset, checkpoints, batches, meta, source, features, tokenizer, params, start, tx
-        )
+        shape = (preset.model.projection_in, preset.model.llama.width)
+        blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
+        restored = checkpoints.restore_latest(jax.eval_shape(lambda p: init_state(p, tx), blank))
+        if restored is not None:
+            _require_same_run(config, restored.meta["run"], meta["run"])
+            batches.set_state(restored.data_state)
+            state, step = restored.state, restored.step
+        else:
+            projection = start or _initial_projection(
+                config, preset, source, features, tokenizer, params
+            )
+            state, step = init_state(jax.tree.map(jnp.asarray, projection), tx), 0
         schedule = make_schedule(config.optimizer)
         max_steps = config.optimizer.max_steps
         with Metrics(
             workdir, start_step=step, max_steps=max_steps, log_every=config.log_every
         ) as metrics:
-            try:
-                while step < max_steps:
-                    batch = _to_device(next(batches), features)
-                    state, loss = train_step(state, frozen, batch)
-                    step += 1
-                    value = float(loss)
-                    if not np.isfinite(value):
-                        raise FloatingPointError(
-                            f"The loss of step {step} is {value}. The last checkpoint is untouched; lower optimizer.init_lr."
-                        )
-                    metrics.write(
-                        step,
-                        loss=value,
-                        learning_rate=float(schedule(step - 1)),
-                        samples=config.data.batch_size,
+            while step < max_steps and not stop.requested:
+                batch = _to_device(next(batches), features)
+                state, loss = train_step(state, frozen, batch)
+                step += 1
+                value = float(loss)
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"The loss of step {step} is {value}; expected a number. The last checkpoint is from before "
+                        "it. Lower optimizer.init_lr and start in a new workdir."
                     )
-                    if step % config.save_every == 0 or step == max_steps:
-                        checkpoints.save(
-                            step, state, data_state=batches.get_state(), meta=meta
-                        )
-            except KeyboardInterrupt:
-                if checkpoints.latest_step != step:
+                metrics.write(
+                    step,
+                    loss=value,
+                    learning_rate=float(schedule(step - 1)),
+                    samples=config.data.batch_size,
+                )
+                if step % config.save_every == 0 or step == max_steps or stop.requested:
                     checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
-                checkpoints.wait_until_finished()
-                raise
-    projection: Projection = jax.tree.map(np.asarray, state.projection)
-    save_projection(workdir / "projection.safetensors", projection)
-    return projection
+        checkpoints.wait_until_finished()
+        if step < max_steps:
+            raise KeyboardInterrupt
+    trained: Projection = jax.tree.map(np.asarray, state.projection)
+    save_projection(workdir / "projection.safetensors", trained)
+    return trained
 
 
 def prepare_features(
@@ -158,54 +163,36 @@ def prepare_features(
         )
 
 
-def _start_or_resume(
+def _initial_projection(
     config: TrainConfig,
     preset: Preset,
-    checkpoints: TrainCheckpoints,
-    batches: Any,
-    meta: dict[str, Any],
     source: CcSbuAlign,
     features: Features,
     tokenizer: Tokenizer,
     params: Params,
-    start: Projection | None,
-    tx: Any,
-) -> tuple[TrainState, int]:
-    shape = (preset.model.projection_in, preset.model.llama.width)
-    blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
-    abstract = jax.eval_shape(lambda projection: init_state(projection, tx), blank)
-    restored = checkpoints.restore_latest(abstract)
-    if restored is not None:
-        if restored.meta["run"] != meta["run"]:
-            changed = sorted(
-                name for name in meta["run"] if restored.meta["run"].get(name) != meta["run"][name]
-            )
-            raise UserError(
-                f"{config.workdir} holds a run with other settings ({', '.join(changed)}). Use another workdir, or "
-                "set them back to continue that run."
-            )
-        batches.set_state(restored.data_state)
-        return restored.state, restored.step
-    if start is not None:
-        projection = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
-    else:
-        embedding = np.asarray(params["llama"]["embed_tokens"]["embedding"], np.float32)
-        if config.init_projection == "ridge":
-            rows = {image_id: row for row, image_id in enumerate(source.image_ids)}
-            examples = [source[i] for i in range(len(source))]
-            projection = ridge_projection(
-                preset.model,
-                features,
-                np.asarray([rows[example.image_id] for example in examples]),
-                caption_targets([tokenizer.encode(e.caption) for e in examples], embedding),
-                within=RIDGE_WITHIN,
-                penalty=RIDGE_PENALTY,
-            )
-        else:
-            projection = random_projection(
-                preset.model, jax.random.key(config.seed), embed_std=float(embedding.std())
-            )
-    return init_state(projection, tx), 0
+) -> Projection:
+    embedding = np.asarray(params["llama"]["embed_tokens"]["embedding"], np.float32)
+    if config.init_projection == "random":
+        key = jax.random.key(config.seed)
+        return random_projection(preset.model, key, embed_std=float(embedding.std()))
+    examples = [source[i] for i in range(len(source))]
+    return ridge_projection(
+        preset.model,
+        features,
+        np.asarray([source.image_row(example.image_id) for example in examples]),
+        caption_targets([tokenizer.encode(e.caption) for e in examples], embedding),
+        within=RIDGE_WITHIN,
+        penalty=RIDGE_PENALTY,
+    )
+
+
+def _require_same_run(config: TrainConfig, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = sorted(name for name in ours if theirs.get(name) != ours[name])
+    if changed:
+        raise UserError(
+            f"{config.workdir} holds a run with other settings ({', '.join(changed)}). Use another workdir, or set "
+            "them back to continue that run."
+        )
 
 
 def _frozen_dtype(name: str) -> Any:
@@ -235,19 +222,31 @@ def _to_device(batch: Batch, features: Features) -> TrainBatch:
     )
 
 
+@dataclasses.dataclass
+class _Stop:
+    """Set by the first Ctrl-C or SIGTERM; the loop looks at it between two steps."""
+
+    requested: bool = False
+
+
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM stops a run the way Ctrl-C does: the current step is finished and saved."""
+def _stop_after_step() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM finish and save the current step; a second one stops at once, back to the last checkpoint."""
+    stop = _Stop()
 
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    def handle(signum: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
 
+    before: dict[signal.Signals, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: the embedding program owns the signals
-        yield
-        return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:
+        pass  # not in the main thread: the embedding program owns the signals
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

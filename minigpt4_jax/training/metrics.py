@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -80,7 +80,7 @@ class Metrics:
         )
         self._recent: list[tuple[float, int, float]] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Metrics:
         self._progress.start()
         return self
 

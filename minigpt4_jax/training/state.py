@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-Projection = dict[str, Array]
-"""`{"kernel": [projection_in, D], "bias": [D]}`, float32."""
+Projection = dict[str, Array | np.ndarray]
+"""`{"kernel": [projection_in, D], "bias": [D]}`, float32; in NumPy where it comes from or goes to a file."""
 
 
-@flax.struct.dataclass
-class TrainState:
-    """The trained leaf, its optimizer and the number of finished steps. A few tens of MB: cheap to save often."""
+class TrainState(NamedTuple):
+    """The trained leaf, its optimizer and the number of finished steps. A few tens of MB: cheap to save often.
+
+    A plain tuple of trees, so that it may hold arrays, their abstract shapes or their shardings alike.
+    """
 
     step: Int[Array, ""]
     projection: Projection

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from minigpt4_jax.models.attention import make_causal_mask
-from minigpt4_jax.models.minigpt4 import MiniGPT4, make_positions
+from minigpt4_jax.models.minigpt4 import MiniGPT4, apply_method, make_positions
 from minigpt4_jax.training.loss import cross_entropy
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState
 
@@ -27,19 +27,20 @@ def loss_fn(
     projection: Projection, frozen: Frozen, batch: TrainBatch, *, model: MiniGPT4
 ) -> Float[Array, ""]:
     """Answer loss of one batch as a function of the projection."""
-    variables = {"params": {**frozen, "llama_proj": projection}}
-    image_embeds = model.apply(variables, batch.patches, method="project")
-    embeds = model.apply(variables, batch.token_ids, image_embeds, method="embed_prompt")
-    hidden, _, _ = model.apply(
-        variables,
+    params = {**frozen, "llama_proj": projection}
+    image_embeds = apply_method(model, params, "project", batch.patches)
+    embeds = apply_method(model, params, "embed_prompt", batch.token_ids, image_embeds)
+    hidden, _, _ = apply_method(
+        model,
+        params,
+        "decode",
         embeds,
         positions=make_positions(batch.attention_mask),
         mask=make_causal_mask(batch.attention_mask),
         caches=None,
-        method="decode",
     )
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
-    logits = model.apply(variables, picked, method="head")
+    logits = apply_method(model, params, "head", picked)
     return cross_entropy(logits, batch.target_ids, batch.target_mask)
 
 

@@ -109,13 +109,14 @@ def train(
             projection = start or _initial_projection(
                 config, preset, source, features, tokenizer, params
             )
-            state, step = init_state(jax.tree.map(jnp.asarray, projection), tx), 0
+            # A copy: the step donates its state, and `start` is the caller's.
+            state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
         schedule = make_schedule(config.optimizer)
         max_steps = config.optimizer.max_steps
         with Metrics(
             workdir, start_step=step, max_steps=max_steps, log_every=config.log_every
         ) as metrics:
-            while step < max_steps and not stop.requested:
+            while step < max_steps:
                 batch = _to_device(next(batches), features)
                 state, loss = train_step(state, frozen, batch)
                 step += 1
@@ -131,8 +132,11 @@ def train(
                     learning_rate=float(schedule(step - 1)),
                     samples=config.data.batch_size,
                 )
-                if step % config.save_every == 0 or step == max_steps or stop.requested:
+                stopping = stop.requested  # read once: a stop that came too late for this save waits for the next step
+                if step % config.save_every == 0 or step == max_steps or stopping:
                     checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
+                if stopping:
+                    break
         checkpoints.wait_until_finished()
         if step < max_steps:
             raise KeyboardInterrupt
@@ -187,12 +191,21 @@ def _initial_projection(
 
 
 def _require_same_run(config: TrainConfig, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    changed = sorted(name for name in ours if theirs.get(name) != ours[name])
+    before, now = dict(_dotted(theirs)), dict(_dotted(ours))
+    changed = sorted(name for name in now if before.get(name) != now[name])
     if changed:
         raise UserError(
             f"{config.workdir} holds a run with other settings ({', '.join(changed)}). Use another workdir, or set "
             "them back to continue that run."
         )
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _frozen_dtype(name: str) -> Any:

@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     projection.add_argument(
         "--licence", default="", help="said in the file, when SRC does not say it"
     )
+    projection.add_argument(
+        "--float16",
+        action="store_true",
+        help="store a .safetensors in half the size (default: float32)",
+    )
     projection.set_defaults(run=_projection)
     return parser
 
@@ -127,19 +132,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _smol(args: argparse.Namespace) -> None:
     del args
-    bar = Progress(console=_err, transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            bar.start()  # not before: pip draws its own bar while it fetches
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done)
-
-    try:
+    with tensor_bar() as progress:
         folder = prepare_smol(progress)
-    finally:
-        bar.stop()
     manifest = json.loads((folder / "manifest.json").read_text())
     table = Table("part", "from", "licence", "SHA-256")
     for part, source in manifest["sources"].items():
@@ -189,7 +183,12 @@ def _projection(args: argparse.Namespace) -> None:
         write_released(args.out, projection)
     elif args.out.suffix == ".safetensors":
         plain = ProjectionInfo(config=config, licence=args.licence, attribution="", frozen_parts={})
-        write_projection(args.out, projection, info=info or plain)
+        write_projection(
+            args.out,
+            projection,
+            info=info or plain,
+            dtype="float16" if args.float16 else "float32",
+        )
     else:
         raise UserError(f"{args.out} ends in {args.out.suffix!r}; expected .safetensors or .pth.")
     shape = list(projection["kernel"].shape)
@@ -272,6 +271,24 @@ def _print_table(done: Conversion) -> None:
 def _plain(text: str) -> str:
     """`[in, out]` is no markup."""
     return text.replace("[", r"\[")
+
+
+@contextmanager
+def tensor_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for `prepare_smol`, shown from the first tensor on: pip draws its own while it fetches."""
+    bar = Progress(console=_err, transient=True)
+    tasks: dict[str, TaskID] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bar.start()
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt4_jax.config import TrainConfig, UserError, load, to_yaml
 
 if TYPE_CHECKING:
-    from minigpt4_jax.api import Chat, Progress
+    from minigpt4_jax.api import Chat
     from minigpt4_jax.training.state import Projection
 
 INTERRUPTED = 130
@@ -83,6 +83,7 @@ def _chat(args: argparse.Namespace) -> int:
     if not all(question.strip() for question in args.questions):
         raise UserError("A question is empty; expected some text, or no question to open a chat.")
     _set_up_jax()
+    from convert.__main__ import tensor_bar
     from minigpt4_jax.api import GenerationConfig, MiniGPT4
     from minigpt4_jax.data.images import load_image
 
@@ -90,12 +91,10 @@ def _chat(args: argparse.Namespace) -> int:
     generation = GenerationConfig(
         max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty
     )
-    model = MiniGPT4.load(
-        args.preset,
-        projection=args.projection,
-        context=args.context,
-        progress=_conversion_progress(),
-    )
+    with tensor_bar() as progress:
+        model = MiniGPT4.load(
+            args.preset, projection=args.projection, context=args.context, progress=progress
+        )
     chat = model.start_chat(generation)
     chat.add_image(picture)
     if not args.questions:
@@ -157,6 +156,7 @@ def _train(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     _set_up_jax()
+    from convert.__main__ import tensor_bar
     from convert.projection import read_projection
     from minigpt4_jax.api import load_frozen
     from minigpt4_jax.presets import get_preset
@@ -165,7 +165,8 @@ def _train(args: argparse.Namespace) -> int:
     start = None
     if config.init_projection not in ("ridge", "random"):
         start, _ = read_projection(Path(config.init_projection), get_preset(config.preset).model)
-    params, tokenizer = load_frozen(config.preset, progress=_conversion_progress())
+    with tensor_bar() as progress:
+        params, tokenizer = load_frozen(config.preset, progress=progress)
     train(
         config,
         params=params,
@@ -184,10 +185,15 @@ def _save_projection(config: TrainConfig, path: Path, projection: Projection) ->
 
     info = ProjectionInfo(
         config=get_preset(config.preset).model,
-        licence="see the model card of the training set",
-        attribution=str(config.data.folder),
+        licence=config.licence,
+        attribution=config.attribution,
         frozen_parts={"vit": VISION.member_sha256, "llama": LANGUAGE.member_sha256},
-        training=dataclasses.asdict(config),
+        training={
+            "set": Path(config.data.folder).name,
+            "start": Path(config.init_projection).name,
+            "batch_size": config.data.batch_size,
+            "optimizer": dataclasses.asdict(config.optimizer),
+        },
     )
     write_projection(path, projection, info=info)
 
@@ -214,22 +220,5 @@ def _set_up_jax() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def _conversion_progress() -> Progress:
-    """A line on stderr that counts the tensors of the first, converting call."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import TaskID
-
-    bar = Bar(console=Console(stderr=True), transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            if not tasks:
-                bar.start()
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done)
-        if bar.finished and done == total:
-            bar.stop()
-
-    return progress
+if __name__ == "__main__":
+    sys.exit(main())

@@ -213,6 +213,10 @@ class TrainConfig:
     """Where the frozen vision features are kept. Empty: `<workdir>/features`."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    licence: str = ""
+    """Written into the finished projection's header: the terms of what was trained."""
+    attribution: str = ""
+    """Written beside it: whose pictures and words it was trained on, as their licences ask."""
     save_every: int = 200
     log_every: int = 10
     max_to_keep: int = 2

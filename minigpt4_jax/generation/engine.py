@@ -144,7 +144,7 @@ class Engine:
                 state, _ = self._decode_step(self._params, state, sampling=sampling)
             yield np.asarray(state.token)
         finally:
-            # Ctrl-C inside a step: the old cache was donated and the new one has no name. The next answer makes another.
+            # Ctrl-C inside a step: the old cache was donated, the new one has no name. The next answer makes one.
             if not state.caches[0].k.is_deleted():
                 self._free_caches[batch] = state.caches
 

@@ -154,7 +154,7 @@ def make_model(config: ModelConfig, *, layout: Layout, dtype: DTypeLike) -> Mini
 
 
 def apply_method(model: MiniGPT4, params: Params, method: str, *args: Any, **kwargs: Any) -> Any:
-    """`model.apply` of one method, typed as what it returns: linen's own type adds mutable collections we never have."""
+    """`model.apply` of one method; linen's own return type adds mutable collections that we never have."""
     return model.apply({"params": params}, *args, method=method, **kwargs)
 
 

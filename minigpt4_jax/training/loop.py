@@ -36,6 +36,10 @@ from minigpt4_jax.training.step import make_train_step
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
 FEATURE_BATCH = 16
+FREE_SETTINGS = (
+    "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep"
+)  # fmt: skip
+"""Settings that may change when a run is resumed: no number depends on them."""
 Save = Callable[[Path, Projection], None]
 """Writes a finished projection; `convert` knows the file format, training does not."""
 
@@ -132,7 +136,9 @@ def train(
                     learning_rate=float(schedule(step - 1)),
                     samples=config.data.batch_size,
                 )
-                stopping = stop.requested  # read once: a stop that came too late for this save waits for the next step
+                stopping = (
+                    stop.requested
+                )  # read once: a stop that came too late for this save waits for the next step
                 if step % config.save_every == 0 or step == max_steps or stopping:
                     checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
                 if stopping:
@@ -217,9 +223,8 @@ def _frozen_dtype(name: str) -> Any:
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers; a checkpoint is continued only under the same ones."""
-    free = ("workdir", "feature_cache", "save_every", "log_every", "max_to_keep")
     settings = dataclasses.asdict(config)
-    flat = {name: value for name, value in settings.items() if name not in free}
+    flat = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
     flat["data"] = {**flat["data"], "prompts": list(flat["data"]["prompts"])}
     return flat
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,10 @@ class Chat:
         self._model = model
         self._generation = generation
         self._conversation = model._conversation()
+        self.last_answer = ""
+        """The newest answer, cleaned."""
+        self.finish_reason: Literal["", "stop", "length", "cancelled"] = ""
+        """Why it ended: by itself, at `max_new_tokens` or the end of the context, or because the caller stopped."""
 
     def add_image(self, picture: Picture) -> None:
         """Shows a picture; the next question is about it. Encoded once, whatever is asked later."""
@@ -194,8 +198,7 @@ class Chat:
         Raises:
             ContextFull: the question does not fit; nothing was added to the conversation.
         """
-        room = 1
-        prompt = self._conversation.ask(question, room=room)
+        prompt = self._conversation.ask(question)
         engine, limit = self._model._engine, self._conversation.room
         pictures = self._conversation.pictures
         answer = self._conversation.answer_stream()
@@ -206,6 +209,7 @@ class Chat:
             stop_tokens=self._conversation.stop_ids,
             sampling=self._generation.sampling,
         )
+        self.finish_reason = "cancelled"
         try:
             for token in ids:
                 piece = answer.feed(token)
@@ -213,14 +217,13 @@ class Chat:
                     yield piece
                 if answer.stopped:
                     break
+            reason: Literal["stop", "length"] = "stop" if answer.stopped else "length"
             rest = answer.finish()
             if rest:
                 yield rest
+            self.finish_reason = reason
         finally:
             self.last_answer = self._conversation.add_answer(answer.text, answer.ids)
-
-    last_answer = ""
-    """The newest answer, cleaned."""
 
 
 def _read(chat: Conversation[Any], ids: Sequence[int]) -> str:

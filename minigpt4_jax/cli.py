@@ -6,6 +6,7 @@ Not for: logic worth testing without a terminal; that is in `api.py` and `traini
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -107,6 +108,8 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _converse(chat: Chat) -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history in input())
     print(
         "Ask about the picture. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", flush=True
     )
@@ -130,6 +133,8 @@ def _print_answer(chat: Chat, question: str) -> None:
     for piece in chat.stream(question):
         print(piece, end="", flush=True)
     print(flush=True)
+    if chat.finish_reason == "length":
+        print("[cut off here: --max-new-tokens or --context is reached]", file=sys.stderr)
 
 
 # --- train --------------------------------------------------------------------------------------------------------

@@ -136,9 +136,8 @@ def train(
                     learning_rate=float(schedule(step - 1)),
                     samples=config.data.batch_size,
                 )
-                stopping = (
-                    stop.requested
-                )  # read once: a stop that came too late for this save waits for the next step
+                # Read once: a stop that comes too late for this save waits for the next step.
+                stopping = stop.requested
                 if step % config.save_every == 0 or step == max_steps or stopping:
                     checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
                 if stopping:

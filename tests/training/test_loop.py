@@ -1,0 +1,320 @@
+"""training/loop.py in one process: what moves, what stays, what is refused, and what a signal leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from minigpt4_jax.checkpoint import TrainCheckpoints
+from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
+from minigpt4_jax.training import loop
+from minigpt4_jax.training.metrics import read_metrics
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(workdir)]
+
+
+def assert_identical(left: Any, right: Any) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def latest_step(workdir: Path) -> int | None:
+    with TrainCheckpoints(workdir, max_to_keep=2) as checkpoints:
+        return checkpoints.latest_step
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, frozen: dict[str, Any], make_config: Any
+) -> tuple[list[tuple[int, float]], Any]:
+    """Losses and projection of the uninterrupted run."""
+    from minigpt4_jax.data.tokenizer import byte_tokenizer
+
+    workdir = tmp_path_factory.mktemp("whole")
+    projection = loop.train(
+        make_config(workdir),
+        params=frozen,
+        tokenizer=byte_tokenizer(),
+        start=None,
+        save_projection=lambda path, projection: None,
+    )
+    found = losses(workdir)
+    assert [step for step, _ in found] == list(range(1, 11))
+    return found, projection
+
+
+def test_training_moves_the_projection_and_leaves_the_frozen_bits(
+    tmp_path: Path, run: Any, frozen: dict[str, Any], tiny_params: Any
+) -> None:
+    before = jax.tree.map(lambda leaf: np.array(leaf), frozen)
+    start = jax.tree.map(jax.numpy.array, tiny_params["llama_proj"])
+    projection = run(tmp_path, "init_projection=given.safetensors", start=start)
+    assert_identical(frozen, before)
+    assert_identical(start, tiny_params["llama_proj"])
+    for name in ("kernel", "bias"):
+        assert np.abs(projection[name] - start[name]).max() > 1e-3
+    # Only the projection, its two moments and the counters are in the checkpoint.
+    files = list((tmp_path / "checkpoints").rglob("*"))
+    assert (
+        sum(file.stat().st_size for file in files if file.is_file()) < 10 * start["kernel"].nbytes
+    )
+    assert_identical(run.saved, {tmp_path / "projection.safetensors": projection})
+
+
+def test_training_lowers_the_loss(tmp_path: Path, run: Any) -> None:
+    run(tmp_path, "optimizer.max_steps=30", "save_every=30")
+    values = [loss for _, loss in losses(tmp_path)]
+    assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.5
+
+
+def test_the_closed_form_start_beats_a_random_one(
+    tmp_path: Path, run: Any, frozen: dict[str, Any], tiny_config: ModelConfig
+) -> None:
+    first = {}
+    for start in ("random", "ridge"):
+        workdir = tmp_path / start
+        # The whole set as one batch; the first loss is from before the first update.
+        run(
+            workdir,
+            f"init_projection={start}",
+            "data.batch_size=12",
+            "optimizer.max_steps=3",
+            frozen={**frozen, "llama": make_reader(frozen["llama"], tiny_config.llama)},
+        )
+        (_, first[start]), *_ = losses(workdir)
+    assert first["ridge"] < first["random"] - 0.1
+
+
+def make_reader(llama: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+    """A language model that says the words it was shown: each layer adds half of the mean of all tokens so far.
+
+    (Random layers would garble what an embedding means; that image tokens near the caption's words help is a fact
+    about a language model that reads.)
+    """
+    llama = jax.tree.map(np.array, llama)
+    groups = config.num_heads // config.num_kv_heads
+    for layer in llama["layers"].values():
+        attention = {
+            name: np.zeros_like(leaf["kernel"]) for name, leaf in layer["self_attn"].items()
+        }
+        for kv_head in range(config.num_kv_heads):
+            for i in range(config.head_dim):
+                dimension = kv_head * config.head_dim + i
+                attention["v_proj"][dimension, dimension] = 1.0
+                attention["o_proj"][kv_head * groups * config.head_dim + i, dimension] = 4.0
+        layer["self_attn"] = {name: {"kernel": kernel} for name, kernel in attention.items()}
+        layer["mlp"]["down_proj"]["kernel"][:] = 0
+    return llama
+
+
+def test_the_same_settings_give_the_same_run(tmp_path: Path, run: Any, whole: Any) -> None:
+    projection = run(tmp_path)
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+def test_another_seed_gives_another_run(tmp_path: Path, run: Any, whole: Any) -> None:
+    run(tmp_path, "seed=1")
+    assert losses(tmp_path)[0] != whole[0][0]
+
+
+def test_a_finished_run_started_again_trains_nothing(tmp_path: Path, run: Any, whole: Any) -> None:
+    run(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    projection = run(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    assert_identical(projection, whole[1])
+
+
+def test_what_changes_no_number_may_change_between_runs(
+    tmp_path: Path, run: Any, whole: Any
+) -> None:
+    run(tmp_path, "optimizer.max_steps=10")
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    projection = run(
+        moved, "save_every=3", "log_every=1", "max_to_keep=1", f"feature_cache={moved / 'f'}"
+    )
+    assert losses(moved) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.init_lr=0.02", "optimizer.init_lr"),
+        ("data.batch_size=2", "data.batch_size"),
+        ("data.prompts=['Other?']", "data.prompts"),
+        ("seed=7", "seed"),
+        ("init_projection=ridge", "init_projection"),
+    ],
+)
+def test_a_workdir_of_another_run_is_refused_with_the_changed_setting(
+    override: str, named: str, run: Any, refused_workdir: Path
+) -> None:
+    lines = (refused_workdir / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=rf"other settings \({named}\)"):
+        run(refused_workdir, "optimizer.max_steps=3", override)
+    assert (refused_workdir / "metrics.jsonl").read_text() == lines
+
+
+@pytest.fixture(scope="module")
+def refused_workdir(
+    tmp_path_factory: pytest.TempPathFactory, frozen: dict[str, Any], make_config: Any
+) -> Path:
+    from minigpt4_jax.data.tokenizer import byte_tokenizer
+
+    workdir = tmp_path_factory.mktemp("refused")
+    loop.train(
+        make_config(workdir, "optimizer.max_steps=3"),
+        params=frozen,
+        tokenizer=byte_tokenizer(),
+        start=None,
+        save_projection=lambda path, projection: None,
+    )
+    return workdir
+
+
+@pytest.mark.parametrize("missing", ["workdir", "data.folder"])
+def test_a_run_without_its_folders_says_which(missing: str, tmp_path: Path, run: Any) -> None:
+    with pytest.raises(UserError, match=r"is ''.*expected two folders"):
+        run(tmp_path, f"{missing}=''")
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_saved(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.make_train_step
+
+    def make_broken(*args: Any) -> Any:
+        step = real(*args)
+
+        def train_step(state: Any, frozen: Any, batch: Any) -> Any:
+            after, loss = step(state, frozen, batch)
+            return after, jax.numpy.where(after.step < 8, loss, jax.numpy.nan)
+
+        return train_step
+
+    monkeypatch.setattr(loop, "make_train_step", make_broken)
+    with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr"):
+        run(tmp_path)
+    assert latest_step(tmp_path) == 4
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 8))
+    assert run.saved == {}
+
+
+# --- signals ---
+
+
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, where: str, *, step: int, with_signal: signal.Signals
+) -> None:
+    """Sends this process a signal while step `step` is at the place `where`."""
+    calls = 0
+
+    def wrap(function: Any, *, after: bool) -> Any:
+        def wrapped(*args: Any, **settings: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step and not after:
+                os.kill(os.getpid(), with_signal)
+            result = function(*args, **settings)
+            if calls == step and after:
+                os.kill(os.getpid(), with_signal)
+            return result
+
+        return wrapped
+
+    if where == "next(batches)":
+        from minigpt4_jax.data.datasets import Pipeline
+
+        monkeypatch.setattr(Pipeline, "__next__", wrap(Pipeline.__next__, after=True))
+    elif where == "train_step":
+        real = jax.jit
+
+        def jit(function: Any, **settings: Any) -> Any:
+            compiled = real(function, **settings)
+            is_step = getattr(function, "__name__", "") == "train_step"
+            return wrap(compiled, after=True) if is_step else compiled
+
+        monkeypatch.setattr(loop.jax, "jit", jit)
+    elif where == "Metrics.write":
+        monkeypatch.setattr(loop.Metrics, "write", wrap(loop.Metrics.write, after=False))
+    else:
+        assert where == "checkpoints.save"
+        save = wrap(TrainCheckpoints.save, after=False)
+        monkeypatch.setattr(TrainCheckpoints, "save", save)
+
+
+def test_signals_save_the_running_step_and_the_run_goes_on_from_it(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run, stopped at four places by either signal, each time in its second step; then finished."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stops = [
+        ("next(batches)", signal.SIGINT),
+        ("train_step", signal.SIGTERM),
+        ("Metrics.write", signal.SIGINT),
+    ]
+    for count, (where, number) in enumerate(stops, 1):
+        with monkeypatch.context() as patch:
+            interrupt(patch, where, step=2, with_signal=number)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, "save_every=100")
+        assert latest_step(tmp_path) == 2 * count, where
+        assert losses(tmp_path) == whole[0][: 2 * count], where
+        assert run.saved == {}
+    with monkeypatch.context() as patch:
+        interrupt(patch, "checkpoints.save", step=1, with_signal=signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "save_every=8")
+    # While step 8 is saved it is too late to say so: one more step is done, and saved.
+    assert latest_step(tmp_path) in (8, 9)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    projection = run(tmp_path)
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(*args: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        real = loop.Metrics.write
+        patch.setattr(
+            loop.Metrics,
+            "write",
+            lambda self, step, **numbers: (impatient if step == 6 else real)(self, step, **numbers),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert latest_step(tmp_path) == 4
+    run(tmp_path)
+    assert losses(tmp_path) == whole[0]
+
+
+def test_the_identity_of_a_run_has_every_setting_but_the_free_ones(
+    make_config: Any, tmp_path: Path
+) -> None:
+    # A new setting belongs to the identity unless it is put among the free ones on purpose.
+    config = make_config(tmp_path)
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert set(loop._identity(config)) == fields - set(loop.FREE_SETTINGS)
+    assert set(loop.FREE_SETTINGS) <= fields

@@ -44,8 +44,8 @@ def caption_targets(
 def ridge_projection(
     config: ModelConfig,
     features: Features,
-    image_index: Int[np.ndarray, " N"],
-    targets: Float[np.ndarray, "N D"],
+    image_index: Int[np.ndarray, " M"],
+    targets: Float[np.ndarray, "M D"],
     *,
     within: float,
     penalty: float,

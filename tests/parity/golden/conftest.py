@@ -1,0 +1,286 @@
+"""The golden set: where it lies, which cases it holds, and its weights as this project's parameters.
+
+A golden set is a folder of numbers that the original PyTorch code produced with tiny random weights. The tests here
+compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
+`test_golden_minigpt4.py` their composition without a Q-Former.
+
+    pytest tests/parity -k golden                                  the set in tests/golden
+    MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
+
+Nothing about a set is written down here but the layout of its files: sizes, eps, cases, texts and special ids are read
+from its reports and arrays. A case that a set does not hold is not collected; a folder that holds none is a failure.
+Needs the `parity` extra: the original's `.pth` files are read with torch. Not for: the original's code (it is not
+here; sets are made elsewhere) and training runs, beams, the Q-Former, MiniGPT-v2 (they come with their features).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.eva_vit import eva_config, eva_excuses, eva_rules
+from convert.llama import hf_config, hf_excuses, hf_rules
+from convert.projection import read_projection
+from convert.rules import Conversion, convert
+from convert.sources import open_source
+from minigpt4_jax.config import ModelConfig, VitConfig
+from minigpt4_jax.models.minigpt4 import Params, abstract_params
+from minigpt4_jax.presets import PRESETS
+
+DEFAULT = Path(__file__).parents[2] / "golden"
+FOLDER = Path(os.environ.get("MINIGPT4_GOLDEN") or DEFAULT)
+
+VIT, NOQF = "eva_vit", "minigpt4_noqf"
+BASE_LLAMA = "llama_mha"
+"""The language model behind `minigpt4_noqf`, as the README of the sets says."""
+BLIP2 = "qformer/blip2_qformer.pth"
+
+
+class GoldenSet:
+    """Reads a set. Weights go through the converter's own tables, so these are under test as well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """All arrays of an `.npz` file."""
+        with np.load(self.folder / name) as file:
+            return dict(file)
+
+    def pictures(self, name: str) -> jax.Array:
+        """The pictures of an `.npz` file, from the original's NCHW to NHWC."""
+        with np.load(self.folder / name) as file:
+            return jnp.asarray(file["image"].transpose(0, 2, 3, 1))
+
+    def keys(self, name: str) -> list[str]:
+        """Names of the arrays of an `.npz` file, in its order."""
+        with np.load(self.folder / name) as file:
+            return list(file.files)
+
+    def report(self, name: str) -> dict[str, Any]:
+        """A JSON file."""
+        report: dict[str, Any] = json.loads((self.folder / name).read_text())
+        return report
+
+    def vit(self, checkpoint: str, image_size: int) -> tuple[VitConfig, Conversion]:
+        """The image tower for pictures of `image_size` pixels, weights in the dtype of the file."""
+        source = open_source(self.folder / VIT / checkpoint)
+        dims = self.report(f"{VIT}/vit_report.json")["dims"]
+        config = eva_config(
+            source,
+            grid=image_size // source.shape("patch_embed.proj.weight")[-1],
+            num_layers=dims["depth"],
+            num_heads=dims["heads"],
+        )
+        config = dataclasses.replace(config, norm_eps=dims["norm_eps"])
+        conversion = convert(
+            source,
+            eva_rules(config),
+            excuses=eva_excuses(config),
+            target=abstract_params(self.vit_model(config))["vit"],
+        )
+        return config, conversion
+
+    def vit_model(self, config: VitConfig) -> ModelConfig:
+        """A model around the image tower whose other parts do not matter; one patch per token fits every grid."""
+        eps = self.report(f"{VIT}/vit_report.json")["dims"]["ln_vision_eps"]
+        return dataclasses.replace(
+            PRESETS["tiny"].model, vit=config, ln_vision_eps=eps, patches_per_token=1
+        )
+
+    def llama(self, name: str) -> tuple[ModelConfig, Params]:
+        """A Hugging Face folder: a model whose image tower does not matter, and its `llama` tree in a full one."""
+        folder = self.folder / name
+        config = hf_config(folder)
+        model = dataclasses.replace(PRESETS["tiny"].model, llama=config)
+        conversion = convert(
+            open_source(folder),
+            hf_rules(config),
+            excuses=hf_excuses(config),
+            target=abstract_params(model)["llama"],
+        )
+        return model, {"llama": conversion.params}
+
+    def special_ids(self, name: str) -> dict[str, int]:
+        """`bos`, `eos` and `pad` as the Hugging Face folder says."""
+        config = self.report(f"{name}/config.json")
+        return {which: config[f"{which}_token_id"] for which in ("bos", "eos", "pad")}
+
+    def minigpt4(self, image_size: int) -> tuple[ModelConfig, Params]:
+        """The composition without a Q-Former, for pictures of `image_size` pixels: config and full tree."""
+        vit, conversion = self.vit("eva_vit.pth", image_size)
+        language, params = self.llama(BASE_LLAMA)
+        projection = self.folder / NOQF / "proj.pth"
+        rows = open_source(projection).shape("llama_proj.weight")[1]
+        config = dataclasses.replace(
+            self.vit_model(vit), llama=language.llama, patches_per_token=rows // vit.width
+        )
+        return config, {
+            **params,
+            "vit": conversion.params,
+            "ln_vision": self.ln_vision(vit.width),
+            "llama_proj": read_projection(projection, config)[0],
+        }
+
+    def ln_vision(self, width: int) -> dict[str, np.ndarray]:
+        """Without the Q-Former nothing loads `ln_vision`: weight 1, bias 0, unless the set names others in force."""
+        file = f"{NOQF}/encode_img.npz"
+        held = self.arrays(file) if self.has(file) else {}
+        return {
+            "scale": held.get("ln_vision_weight", np.ones(width, np.float32)),
+            "bias": held.get("ln_vision_bias", np.zeros(width, np.float32)),
+        }
+
+    def blip2_ln_vision(self) -> dict[str, np.ndarray]:
+        """`ln_vision` of the Q-Former's file, where the released weights keep it."""
+        source = open_source(self.folder / BLIP2)
+        return {"scale": source.get("ln_vision.weight"), "bias": source.get("ln_vision.bias")}
+
+
+GOLDEN = GoldenSet(FOLDER)
+
+
+@pytest.fixture(scope="session")
+def golden() -> GoldenSet:
+    """The set under test."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_cases() -> dict[str, list[Any]]:
+    """What the set holds, by the parameter name that tests ask for it with."""
+    return {name: discover() for name, discover in CASES.items()}
+
+
+# --- discovery: one function per parameter that a test can ask for ----------------------------------------------------
+
+
+def vit_cases() -> list[str]:
+    """`grid4`, `half_grid6`...: the names in the report and, behind `vit_`, of the files."""
+    return sorted(path.stem.removeprefix("vit_") for path in (FOLDER / VIT).glob("vit_*.npz"))
+
+
+def vit_cases_with_blip2() -> list[str]:
+    held = [
+        name for name in vit_cases() if "tokens_ln_vision" in GOLDEN.keys(f"{VIT}/vit_{name}.npz")
+    ]
+    return held if GOLDEN.has(BLIP2) else []
+
+
+def llama_folders() -> list[str]:
+    return sorted(path.parent.name for path in FOLDER.glob("llama_*/forward.npz"))
+
+
+def padded_cases() -> list[tuple[str, str]]:
+    """(folder, name of the padded logits): `left_logits_cumsum_positions`, `right_logits`..."""
+    return [
+        (folder, key)
+        for folder in llama_folders()
+        for key in GOLDEN.keys(f"{folder}/forward.npz")
+        if key.partition("_")[2].startswith("logits")
+    ]
+
+
+def greedy_cases() -> list[tuple[str, str]]:
+    """(folder, case) of every generation without beams and without chance."""
+    return [
+        (path.parent.name, case)
+        for path in sorted(FOLDER.glob("llama_*/generation.npz"))
+        for case, knobs in GOLDEN.report(f"{path.parent.name}/report.json")["generation"][
+            "cases"
+        ].items()
+        if is_greedy(knobs)
+        and f"{case}__sequences" in GOLDEN.keys(f"{path.parent.name}/generation.npz")
+    ]
+
+
+def plain_greedy_cases() -> list[tuple[str, str]]:
+    """Those without a repetition penalty, of which the result is the same however the prompt comes in."""
+    return [
+        (folder, case)
+        for folder, case in greedy_cases()
+        if "repetition_penalty"
+        not in GOLDEN.report(f"{folder}/report.json")["generation"]["cases"][case]
+    ]
+
+
+def encode_cases() -> list[str]:
+    return sorted(path.name for path in (FOLDER / NOQF).glob("encode_img*.npz"))
+
+
+@functools.cache
+def noqf_cases() -> dict[str, Any]:
+    file = f"{NOQF}/cases.json"
+    return GOLDEN.report(file) if GOLDEN.has(file) else {}
+
+
+def forward_cases() -> list[str]:
+    """Training forwards: the cases whose embedded ids were recorded."""
+    return [
+        name
+        for name, case in noqf_cases().items()
+        if "embedded_id_sequences_in_order" in case and GOLDEN.has(f"{NOQF}/{name}.npz")
+    ]
+
+
+def answer_cases() -> list[tuple[str, str]]:
+    """(file, case) of every answer of the batch generate method without beams and without chance."""
+    return [
+        (name, case)
+        for name, record in noqf_cases().items()
+        if name.endswith("generate") and GOLDEN.has(f"{NOQF}/{name}.npz")
+        for case, knobs in record["cases"].items()
+        if is_greedy(knobs["kwargs_reaching_llama_generate"])
+    ]
+
+
+def is_greedy(knobs: dict[str, Any]) -> bool:
+    return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
+
+
+CASES: dict[str, Callable[[], list[Any]]] = {
+    "vit_case": vit_cases,
+    "vit_case_with_blip2": vit_cases_with_blip2,
+    "llama_folder": llama_folders,
+    "padded_case": padded_cases,
+    "greedy_case": greedy_cases,
+    "plain_greedy_case": plain_greedy_cases,
+    "encode_case": encode_cases,
+    "forward_case": forward_cases,
+    "answer_case": answer_cases,
+}
+
+NOT_HELD = object()
+"""Stands for a kind of case that the set does not hold; its tests are taken out of the collection again."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name in set(CASES).intersection(metafunc.fixturenames):
+        metafunc.parametrize(name, CASES[name]() or [NOT_HELD], ids=case_id, scope="session")
+
+
+def case_id(case: Any) -> str:
+    return "-".join(case) if isinstance(case, tuple) else str(case)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gone = [
+        item
+        for item in items
+        if NOT_HELD in getattr(getattr(item, "callspec", None), "params", {}).values()
+    ]
+    items[:] = [item for item in items if item not in gone]
+    config.hook.pytest_deselected(items=gone)

@@ -1,0 +1,193 @@
+"""Greedy generation against the original's, through `prefill` and `decode_step`: every id, and the scores behind it.
+
+The original's id history, which the repetition penalty counts as written, starts differently by what the prompt is
+(transformers 4.30): from ids it is the whole left-padded prompt, padding included; from embeddings, as MiniGPT-4
+generates, it is one dummy bos, which the output then starts with as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
+from minigpt4_jax.generation.engine import Engine
+from minigpt4_jax.generation.sampling import GREEDY, Sampling, penalize_repetition
+from minigpt4_jax.models.kv_cache import init_cache
+from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
+from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
+
+SCORES: dict[str, Any] = {"atol": 3e-4, "rtol": 1e-4}
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    image_embeds: Sequence[np.ndarray],
+    *,
+    seen: Sequence[np.ndarray],
+    max_new_tokens: int,
+    penalty: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[B, max_new_tokens]` and the scores they were chosen by `[B, max_new_tokens, V]`, past any eos.
+
+    Args:
+        prompts: ids per row, `IMAGE_TOKEN_ID` where a row of `image_embeds` goes.
+        seen: ids per row that the penalty counts as written at the start.
+    """
+    batch, longest = len(prompts), max(map(len, prompts))
+    token_ids = np.zeros((batch, longest), np.int32)
+    # As many places for pictures as for tokens: one shape, and one compilation, for every mode of a folder.
+    images = np.zeros((batch, longest, config.llama.width), np.float32)
+    written = np.zeros((batch, config.llama.vocab_size), bool)
+    for row in range(batch):
+        token_ids[row, : len(prompts[row])] = prompts[row]
+        images[row, : len(image_embeds[row])] = image_embeds[row]
+        written[row, seen[row]] = True
+    caches = init_cache(config.llama, batch, num_slots=longest + max_new_tokens, dtype=jnp.float32)
+    first, following = compiled(config, Sampling(repetition_penalty=penalty))
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    params = convert_layout(params, DISK, DECODE, llama=config.llama)
+    state: DecodeState
+    before = jnp.asarray(written)
+    state, logits = first(params, caches, token_ids, images, lengths, before)
+    tokens, scores = [state.token], [penalize_repetition(logits, before, penalty=penalty)]
+    for _ in range(max_new_tokens - 1):
+        before = state.seen
+        state, logits = following(params, state)
+        tokens.append(state.token)
+        scores.append(penalize_repetition(logits, before, penalty=penalty))
+    return np.stack(tokens, axis=1), np.stack(scores, axis=1)
+
+
+@functools.cache
+def compiled(config: ModelConfig, sampling: Sampling) -> tuple[Any, Any]:
+    model = make_model(config, layout=DECODE, dtype=jnp.float32)
+    return (
+        jax.jit(functools.partial(prefill, model=model, sampling=sampling)),
+        jax.jit(functools.partial(decode_step, model=model, sampling=sampling)),
+    )
+
+
+def finish(tokens: np.ndarray, special: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What the original returns: padding after each row's eos, no column beyond the longest row; and the lengths."""
+    ends = tokens == special["eos"]
+    lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, tokens.shape[1])
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    filled = np.where(places < lengths[:, None], tokens, special["pad"])
+    return filled[:, : lengths.max()], lengths
+
+
+def read_prompts(held: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The prompts of `generation.npz` without their padding."""
+    ids, mask = held["prompt_input_ids"], held["prompt_attention_mask"] == 1
+    return [row[counts] for row, counts in zip(ids, mask, strict=True)]
+
+
+def test_golden_llama_greedy_ids_and_scores(golden: Any, greedy_case: tuple[str, str]) -> None:
+    folder, case = greedy_case
+    held = golden.arrays(f"{folder}/generation.npz")
+    knobs = golden.report(f"{folder}/report.json")["generation"]["cases"][case]
+    special = golden.special_ids(folder)
+    config, params = golden.llama(folder)
+    prompts = read_prompts(held)
+    padded = held["prompt_input_ids"]
+    images = [np.zeros((0, config.llama.width), np.float32)] * len(prompts)
+    seen, start = list(padded), padded
+    if case.startswith("embeds__"):
+        # The prompt comes as embeddings: every place is one that an embedding is scattered into.
+        table = params["llama"]["embed_tokens"]["embedding"]
+        images = [table[prompt] for prompt in prompts]
+        prompts = [np.full(len(prompt), IMAGE_TOKEN_ID) for prompt in prompts]
+        start = np.full((len(prompts), 1), special["bos"])
+        seen = list(start)
+    tokens, scores = generate(
+        params,
+        config,
+        prompts,
+        images,
+        seen=seen,
+        max_new_tokens=knobs["max_new_tokens"],
+        penalty=knobs.get("repetition_penalty", 1.0),
+    )
+    answers, lengths = finish(tokens, special)
+    np.testing.assert_array_equal(
+        np.concatenate([start, answers], axis=1), held[f"{case}__sequences"]
+    )
+    if f"{case}__first_step_scores" in held:
+        np.testing.assert_allclose(scores[:, 0], held[f"{case}__first_step_scores"], **SCORES)
+    if f"{case}__step_top2" in held:
+        best = -np.sort(-scores, axis=-1)[:, :, :2]
+        for row, length in enumerate(lengths):  # what a row goes on to after its eos is nobody's
+            theirs = held[f"{case}__step_top2"][row, :length]
+            np.testing.assert_allclose(best[row, :length], theirs, **SCORES, err_msg=f"row {row}")
+
+
+def test_golden_llama_engine_answers_like_the_original(
+    golden: Any, plain_greedy_case: tuple[str, str]
+) -> None:
+    folder, case = plain_greedy_case
+    held = golden.arrays(f"{folder}/generation.npz")
+    knobs = golden.report(f"{folder}/report.json")["generation"]["cases"][case]
+    special = golden.special_ids(folder)
+    config, params = golden.llama(folder)
+    context = held["prompt_input_ids"].shape[1] + knobs["max_new_tokens"]
+    engine = Engine(params, config, dtype=jnp.float32, context=context)
+    prompts = read_prompts(held)
+    answers = engine.generate(
+        [[int(token) for token in prompt] for prompt in prompts],
+        [None] * len(prompts),
+        max_new_tokens=knobs["max_new_tokens"],
+        stop_tokens={special["eos"]},
+        sampling=GREEDY,
+    )
+    written = held[f"{case}__sequences"]
+    start = written.shape[1] - max(map(len, answers))
+    for answer, row in zip(answers, written[:, start:], strict=True):
+        filled = [*answer, *[special["pad"]] * (len(row) - len(answer))]
+        np.testing.assert_array_equal(filled, row)
+
+
+def test_golden_minigpt4_greedy_answers(golden: Any, answer_case: tuple[str, str]) -> None:
+    file, case = answer_case
+    held = golden.arrays(f"minigpt4_noqf/{file}.npz")
+    knobs = golden.report("minigpt4_noqf/cases.json")[file]["cases"][case][
+        "kwargs_reaching_llama_generate"
+    ]
+    special = golden.special_ids("llama_mha")
+    pictures = golden.pictures(f"minigpt4_noqf/{file}.npz")
+    config, params = golden.minigpt4(pictures.shape[1])
+    model = make_model(config, layout=DISK, dtype=jnp.float32)
+    images = apply_method(model, params, "encode_images", pictures)
+    prompts = [
+        read_ids(row[counts == 1], params["llama"]["embed_tokens"]["embedding"])
+        for row, counts in zip(held["inputs_embeds"], held["attention_mask"], strict=True)
+    ]
+    assert {int((p == IMAGE_TOKEN_ID).sum()) for p in prompts} == {config.num_image_tokens}
+    bos = np.full((len(prompts), 1), special["bos"])
+    tokens, _ = generate(
+        params,
+        config,
+        prompts,
+        list(np.asarray(images)),
+        seen=list(bos),
+        max_new_tokens=knobs["max_new_tokens"],
+        penalty=float(knobs["repetition_penalty"]),
+    )
+    answers, _ = finish(tokens, special)
+    np.testing.assert_array_equal(
+        np.concatenate([bos, answers], axis=1), held[f"{case}__output_ids"]
+    )
+
+
+def read_ids(embeds: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The ids whose embeddings a prompt is made of; what no id has came out of a picture."""
+    ids = {row.tobytes(): number for number, row in reversed(list(enumerate(table)))}
+    return np.asarray([ids.get(row.tobytes(), IMAGE_TOKEN_ID) for row in embeds])

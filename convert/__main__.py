@@ -288,7 +288,8 @@ def tensor_bar() -> Iterator[Callable[[str, int, int], None]]:
     try:
         yield progress
     finally:
-        bar.stop()
+        if tasks:  # stopping a bar that was never shown prints an empty line
+            bar.stop()
 
 
 @contextmanager

@@ -6,6 +6,8 @@ linear layer makes image tokens ten times too large, and training spends its fir
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,29 +43,30 @@ def caption_targets(
     return targets
 
 
-def ridge_projection(
+class Moments(NamedTuple):
+    """First and second moments of the image tokens' inputs, as the closed form and the whitening need them."""
+
+    mean: Float[np.ndarray, " F"]
+    """Over all pictures."""
+    means: Float[np.ndarray, "N F"]
+    """Over the patch groups of each picture, float32."""
+    gram: Float[np.ndarray, "F F"]
+    """float64: scatter of `means` around `mean`, plus the weighted scatter inside pictures, plus the penalty."""
+
+
+def second_moments(
     config: ModelConfig,
     features: Features,
-    image_index: Int[np.ndarray, " M"],
-    targets: Float[np.ndarray, "M D"],
+    image_index: Int[np.ndarray, " N"],
     *,
     within: float,
     penalty: float,
     chunk: int = 64,
-) -> Projection:
-    """Ridge regression from a picture's mean image token to its target vector.
+) -> Moments:
+    """With `m_i` the mean over the patch groups of picture `i`, `d_ij` the deviation of group `j` from it, both centred:
+    `gram = sum_i m_i m_i^T + within * mean_j sum_i d_ij d_ij^T + penalty * var(m) * identity`.
 
-    With `m_i` the mean over the patch groups of picture `i`, `d_ij` the deviation of group `j` from it, both centred:
-    minimises `sum_i |m_i W + b - t_i|^2 + within * sum_ij |d_ij W|^2 + penalty * var(m) |W|^2`. The picture as a whole
-    is to say the word; `within` keeps its single tokens from scattering around it. (Regressing every token to the word
-    instead found half as many names of unseen drawings.) Solved in float64 by the normal equations, accumulated in
-    chunks, so that the features never sit in memory.
-
-    Args:
-        image_index: row of `features` for each target.
-        within: weight of the scatter inside a picture, per token; 0.1 brings image tokens to the size of token
-            embeddings.
-        penalty: relative to the mean variance of `m`; 0.01 is useful.
+    Accumulated in chunks, so that the features never sit in memory.
     """
     width_in = config.projection_in
     means = np.zeros((len(image_index), width_in), np.float32)
@@ -74,14 +77,29 @@ def ridge_projection(
         means[first : first + chunk] = groups.mean(axis=1)
         deviations = (groups - groups.mean(axis=1, keepdims=True)).reshape(-1, width_in)
         scatter += deviations.T @ deviations
-    mean_x, mean_t = means.mean(axis=0), targets.mean(axis=0)
-    centred = means - mean_x
+    mean = means.mean(axis=0)
+    centred = means - mean
     gram = (centred.T @ centred).astype(np.float64)
     ridge = penalty * np.trace(gram) / width_in
     gram += (within / config.num_image_tokens) * scatter
     gram[np.diag_indices(width_in)] += ridge
-    kernel = np.linalg.solve(gram, (centred.T @ (targets - mean_t)).astype(np.float64))
+    return Moments(mean=mean, means=means, gram=gram)
+
+
+def ridge_projection(moments: Moments, targets: Float[np.ndarray, "N D"]) -> Projection:
+    """Ridge regression from a picture's mean image token to its target vector, in closed form.
+
+    Minimises `sum_i |m_i W + b - t_i|^2 + within * mean_j sum_i |d_ij W|^2 + penalty * var(m) |W|^2` with the letters of
+    `second_moments`. The picture as a whole is to say the word; `within` keeps its single tokens from scattering around
+    it. (Regressing every token to the word instead found half as many names of unseen drawings.)
+
+    Args:
+        moments: of the pictures that the targets belong to, in the same order.
+    """
+    mean_t = targets.mean(axis=0)
+    centred = moments.means - moments.mean
+    kernel = np.linalg.solve(moments.gram, (centred.T @ (targets - mean_t)).astype(np.float64))
     return {
         "kernel": jnp.asarray(kernel, jnp.float32),
-        "bias": jnp.asarray(mean_t - mean_x @ kernel, jnp.float32),
+        "bias": jnp.asarray(mean_t - moments.mean @ kernel, jnp.float32),
     }

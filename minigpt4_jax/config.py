@@ -207,8 +207,6 @@ class TrainConfig:
     """Checkpoints, the metrics and the finished projection go here; a run that is started again resumes here."""
     init_projection: str = "ridge"
     """`ridge` (closed form, see training/init.py), `random`, or the path of a projection file."""
-    whiten: bool = False
-    """Train in whitened coordinates (training/whiten.py): fewer samples where the inputs are strongly correlated."""
     dtype: str = "auto"
     """Storage and compute dtype of the frozen weights: `float32`, `bfloat16`, or `auto` (float32 on a CPU)."""
     feature_cache: str = ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,21 +28,13 @@ from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, make_model
 from minigpt4_jax.presets import Preset, get_preset
 from minigpt4_jax.training.features import Features, encode_features, fingerprint
-from minigpt4_jax.training.init import (
-    Moments,
-    caption_targets,
-    random_projection,
-    ridge_projection,
-    second_moments,
-)
+from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import Metrics, make_progress
 from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
 from minigpt4_jax.training.state import Projection, TrainBatch, init_state
 from minigpt4_jax.training.step import make_train_step
-from minigpt4_jax.training.whiten import Whitening, load_or_make_whitening, whitened_features
 
-WITHIN, PENALTY = 0.1, 0.01
-"""Weights of `second_moments`: image tokens of the size of token embeddings, least-known directions held back."""
+RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
 FEATURE_BATCH = 16
 FREE_SETTINGS = (
     "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep"
@@ -83,12 +74,6 @@ def train(
     dtype = _frozen_dtype(config.dtype)
     source = CcSbuAlign(config.data.folder)
     features = prepare_features(config, preset, source, params)
-    moments = functools.cache(
-        lambda: _moments(preset, features, source)
-    )  # minutes, and a resumed run needs none
-    whitening, inputs = None, features
-    if config.whiten:
-        whitening, inputs = _whiten(config, preset, features, moments)
 
     model = make_model(preset.model, layout=TRAIN, dtype=dtype)
     frozen = {
@@ -126,10 +111,8 @@ def train(
             state, step = restored.state, restored.step
         else:
             projection = start or _initial_projection(
-                config, preset, source, moments, tokenizer, params
+                config, preset, source, features, tokenizer, params
             )
-            if whitening is not None:
-                projection = whitening.unfold(projection)
             # A copy: the step donates its state, and `start` is the caller's.
             state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
         schedule = make_schedule(config.optimizer)
@@ -138,7 +121,7 @@ def train(
             workdir, start_step=step, max_steps=max_steps, log_every=config.log_every
         ) as metrics:
             while step < max_steps:
-                batch = _to_device(next(batches), inputs)
+                batch = _to_device(next(batches), features)
                 state, loss = train_step(state, frozen, batch)
                 step += 1
                 value = float(loss)
@@ -163,8 +146,6 @@ def train(
         if step < max_steps:
             raise KeyboardInterrupt
     trained: Projection = jax.tree.map(np.asarray, state.projection)
-    if whitening is not None:
-        trained = whitening.fold(trained)
     save_projection(workdir / "projection.safetensors", trained)
     return trained
 
@@ -191,34 +172,11 @@ def prepare_features(
         )
 
 
-def _moments(preset: Preset, features: Features, source: CcSbuAlign) -> Moments:
-    rows = np.asarray([source.image_row(source[i].image_id) for i in range(len(source))])
-    return second_moments(preset.model, features, rows, within=WITHIN, penalty=PENALTY)
-
-
-def _whiten(
-    config: TrainConfig, preset: Preset, features: Features, moments: Callable[[], Moments]
-) -> tuple[Whitening, Features]:
-    """The whitening of this set and its whitened features; both are kept in the workdir, for an exact resume."""
-    workdir = Path(config.workdir)
-    whitening = load_or_make_whitening(workdir / "whitening.npz", moments)
-    with make_progress() as progress:
-        task = progress.add_task("whitening", total=len(features), numbers="")
-        whitened = whitened_features(
-            features,
-            whitening,
-            config=preset.model,
-            path=workdir / "whitened.npy",
-            advance=lambda count: progress.advance(task, count),
-        )
-    return whitening, whitened
-
-
 def _initial_projection(
     config: TrainConfig,
     preset: Preset,
     source: CcSbuAlign,
-    moments: Callable[[], Moments],
+    features: Features,
     tokenizer: Tokenizer,
     params: Params,
 ) -> Projection:
@@ -226,8 +184,15 @@ def _initial_projection(
     if config.init_projection == "random":
         key = jax.random.key(config.seed)
         return random_projection(preset.model, key, embed_std=float(embedding.std()))
-    captions = [tokenizer.encode(source[i].caption) for i in range(len(source))]
-    return ridge_projection(moments(), caption_targets(captions, embedding))
+    examples = [source[i] for i in range(len(source))]
+    return ridge_projection(
+        preset.model,
+        features,
+        np.asarray([source.image_row(example.image_id) for example in examples]),
+        caption_targets([tokenizer.encode(e.caption) for e in examples], embedding),
+        within=RIDGE_WITHIN,
+        penalty=RIDGE_PENALTY,
+    )
 
 
 def _require_same_run(config: TrainConfig, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.training.init import (
-    caption_targets,
-    random_projection,
-    ridge_projection,
-    second_moments,
-)
+from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 
 RNG = np.random.default_rng(25)
 
@@ -55,8 +50,9 @@ def test_the_closed_form_is_the_least_squares_answer(count: int, tiny_config: Mo
     image_index = RNG.integers(0, 7, count)
     targets = RNG.normal(size=(count, tiny_config.llama.width)).astype(np.float32) + 0.3
     within, penalty = 0.1, 0.05
-    moments = second_moments(tiny_config, features, image_index, within=within, penalty=penalty)
-    projection = ridge_projection(moments, targets)
+    projection = ridge_projection(
+        tiny_config, features, image_index, targets, within=within, penalty=penalty
+    )
 
     groups = features[image_index].astype(np.float64).reshape(count, tokens, width_in)
     means = groups.mean(1)
@@ -82,8 +78,9 @@ def test_less_penalty_fits_the_pictures_better(tiny_config: ModelConfig) -> None
     targets = RNG.normal(size=(20, tiny_config.llama.width)).astype(np.float32)
 
     def residual(penalty: float) -> float:
-        moments = second_moments(tiny_config, features, np.arange(20), within=0.0, penalty=penalty)
-        projection = ridge_projection(moments, targets)
+        projection = ridge_projection(
+            tiny_config, features, np.arange(20), targets, within=0.0, penalty=penalty
+        )
         shape = (20, tiny_config.num_image_tokens, tiny_config.projection_in)
         means = features.astype(np.float32).reshape(shape).mean(1)
         out = means @ np.asarray(projection["kernel"]) + np.asarray(projection["bias"])

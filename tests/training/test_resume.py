@@ -34,7 +34,7 @@ def drive(
     overrides = [
         "preset=tiny", f"workdir={workdir}", f"data.folder={data_folder}", "data.batch_size=5",
         "data.prompts=['What is this?', 'Say it.']", "optimizer.max_steps=16", "optimizer.warmup_steps=3",
-        "save_every=4",
+        "save_every=4", "init_projection=ridge",
     ]  # fmt: skip
     spec.write_text(json.dumps({"overrides": overrides, "params": str(params), "kill_at": kill_at}))
     return subprocess.run(
@@ -56,8 +56,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = drive(whole, params_file, data_folder, compile_cache, kill_at=None)
     assert done.returncode == 0, done.stderr
-    # Once between two checkpoints, once right after the line of a step whose checkpoint is being written.
-    for kill_at in (7, 12):
+    # Once between two checkpoints, once while the newest may still be on its way to the disk.
+    for kill_at in (7, 9):
         died = drive(killed, params_file, data_folder, compile_cache, kill_at=kill_at)
         assert died.returncode == -signal.SIGKILL, died.stderr
         assert read_metrics(killed)[-1]["step"] == kill_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def naive_attention(
 
 def run(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     mask = None if mask is None else jnp.asarray(mask)
-    return np.asarray(attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=mask))
+    compiled = jax.jit(attend)
+    return np.asarray(compiled(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=mask))
 
 
 def draw(*shape: int) -> np.ndarray:

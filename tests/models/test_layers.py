@@ -21,7 +21,7 @@ SCALE, BIAS = RNG.normal(size=(2, WIDTH)).astype(np.float32)
 
 
 def apply(module: nn.Module, params: dict[str, Any], x: Any) -> np.ndarray:
-    return np.asarray(module.apply({"params": params}, jnp.asarray(x)))
+    return np.asarray(jax.jit(module.apply)({"params": params}, jnp.asarray(x)))
 
 
 def test_rms_norm_equals_the_definition() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax.models.rope import rotate
+from minigpt4_jax.models import rope
 
 RNG = np.random.default_rng(2)
+rotate = jax.jit(rope.rotate, static_argnames="base")
 
 
 def rotate_complex(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:

@@ -24,10 +24,14 @@ from minigpt4_jax.training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache folder for all calls, as on a user's machine: the second one compiles nothing."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def tiny_weights(
-    tiny_params: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def tiny_weights(tiny_params: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The commands find random frozen parts that write printable text; process-wide settings are put back."""
     tokenizer = byte_tokenizer()
     embedding = np.array(tiny_params["llama"]["embed_tokens"]["embedding"])
@@ -36,9 +40,11 @@ def tiny_weights(
     llama = {**tiny_params["llama"], "embed_tokens": {"embedding": embedding}}
     frozen = {"vit": tiny_params["vit"], "ln_vision": tiny_params["ln_vision"], "llama": llama}
     monkeypatch.setattr(api, "load_frozen", lambda name, progress=None: (dict(frozen), tokenizer))
-    monkeypatch.setenv("MINIGPT4_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINIGPT4_CACHE", str(cache))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    cli._set_up_jax()
     yield
     for name, value in before.items():
         jax.config.update(name, value)

@@ -1,6 +1,6 @@
 """How long a user waits: seconds from the command to the first word, cold and warm, and tokens per second after it.
 
-    python benchmarks/first_word.py --picture examples/cat.jpg [--out FILE.json]
+    python benchmarks/first_word.py --picture examples/coffee.jpg [--out FILE.json]
 
 Cold is an empty cache: fetching through pip, converting, compiling. Warm is every later call. Both run the installed
 `minigpt4` command in a process of its own and read its output character by character. These are seconds on one machine

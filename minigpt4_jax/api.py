@@ -3,7 +3,7 @@
     from minigpt4_jax import MiniGPT4
 
     chat = MiniGPT4.load("smol").start_chat()
-    chat.add_image("examples/cat.jpg")
+    chat.add_image("examples/coffee.jpg")
     print(chat.ask("What is this?"))
 
 Not for: arguments and printing (`cli.py`), HTTP (`serving/`), or the device loop (`generation/engine.py`).

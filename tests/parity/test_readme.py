@@ -16,17 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_python_example_names_the_cat(monkeypatch):
+def test_the_python_example_names_the_cup_of_coffee(monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(ROOT)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
-    assert "cat" in printed.getvalue().lower()
+    assert "coffee" in printed.getvalue().lower()
 
 
 def test_the_command_answers_in_turn_and_exits():
-    command = [sys.executable, "-m", "minigpt4_jax.cli", "chat", "examples/cat.jpg"]
+    command = [sys.executable, "-m", "minigpt4_jax.cli", "chat", "examples/coffee.jpg"]
     questions = ["What is this?", "Write a two-line poem about it."]
     done = subprocess.run(
         [*command, *questions],
@@ -38,5 +38,5 @@ def test_the_command_answers_in_turn_and_exits():
     )
     assert done.returncode == 0, done.stderr
     first, second = (part.split("\n", 1)[1].strip() for part in done.stdout.split("> ")[1:])
-    assert "cat" in first.lower()
+    assert "coffee" in first.lower()
     assert second

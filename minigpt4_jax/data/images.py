@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minigpt4_jax.config import UserError
 
@@ -63,8 +63,10 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         # PIL reports damage in many ways, SyntaxError (a broken PNG) among them.
+        # Its own text for an unknown format is the address of our buffer.
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(
-            f"Cannot open {name}: it is damaged or not a picture ({error}). "
+            f"Cannot open {name}: it is damaged or not a picture ({reason}). "
             f"Expected one of {', '.join(FORMATS)}."
         ) from error
 

@@ -33,8 +33,8 @@ def attend(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     groups = heads // kv_heads
-    # Heads in front, key heads' groups along the rows: plain batched matmuls. (As one einsum over the original order,
-    # XLA on a CPU is three times slower.)
+    # Heads in front, key heads' groups along the rows: plain batched matmuls. One einsum over the original order took
+    # 1.7 times the CPU time at the smol LLM's training shapes, and the same at the ViT's.
     q = (q * head_dim**-0.5).reshape(batch, length, kv_heads, groups, head_dim)
     rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
     scores = (rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32)

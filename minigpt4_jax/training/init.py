@@ -56,9 +56,9 @@ def ridge_projection(
     With `m_i` the mean over the patch groups of picture `i`, centred, and `d_ij` the deviation of group `j` from it:
     minimises `sum_i |m_i W + b - t_i|^2 + within * sum_i mean_j |d_ij W|^2 + penalty * N var(m) |W|^2`, `N` pictures
     and `var(m)` the mean variance of one input. The picture as a whole is to say the word; `within` keeps its single
-    tokens from scattering around it. (Regressing every token to the word instead found half as many names of unseen
-    drawings.) Solved in float64 by the normal equations, accumulated in chunks, so that the features never sit in
-    memory.
+    tokens from scattering around it. (Regressing every token to the word instead, on a third of the pictures, put 53 %
+    of a left-out vendor's drawings nearest to their name, this 89 %: one look, not like for like.) Solved in float64 by
+    the normal equations, accumulated in chunks, so that the features never sit in memory.
 
     Args:
         image_index: row of `features` for each target.

@@ -175,10 +175,15 @@ class DataConfig:
         _require_positive(self, "batch_size", "length_multiple", "max_text_len")
 
 
+OPTIMIZERS = ("adamw", "muon")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay (Loshchilov & Hutter, arXiv 1711.05101 and 1608.03983)."""
+    """AdamW or Muon, linear warm-up and cosine decay (Loshchilov & Hutter, arXiv 1711.05101 and 1608.03983)."""
 
+    name: str = "adamw"
+    """`adamw`, as the original, or `muon` (see training/optimizer.py)."""
     init_lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
     min_lr: float = 1e-5
@@ -189,8 +194,13 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    """Of AdamW; Muon has its own."""
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UserError(
+                f"optimizer.name is {self.name!r}; expected one of {', '.join(OPTIMIZERS)}."
+            )
         _require_positive(self, "init_lr", "max_steps", "eps")
         if not 0 <= self.warmup_steps <= self.max_steps:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from minigpt4_jax.config import OptimizerConfig
+from minigpt4_jax.config import OptimizerConfig, UserError
 from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
 from minigpt4_jax.training.state import init_state
 
@@ -76,3 +77,43 @@ def test_the_state_holds_the_projection_its_two_moments_and_counters_only() -> N
         jnp.dtype("float32"),
         jnp.dtype("int32"),
     }
+
+
+def test_muon_moves_every_direction_of_the_kernel_alike_and_the_bias_by_adam() -> None:
+    rng = np.random.default_rng(22)
+    config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.0)
+    # Singular values from 1 to 1000: a step per number would follow the largest.
+    left, _ = np.linalg.qr(rng.normal(size=(24, 4)))
+    right, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    gradient = {"kernel": left * [1000.0, 100.0, 10.0, 1.0] @ right, "bias": rng.normal(size=4)}
+    params = {"kernel": jnp.zeros((24, 4)), "bias": jnp.zeros(4)}
+    tx = make_optimizer(config)
+    updates, _ = tx.update(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), gradient), tx.init(params), params
+    )
+    along = -(left.T @ np.asarray(updates["kernel"]) @ right.T) / learning_rate(0, config)
+    strength = np.diag(along)[:3]
+    assert strength.min() > 0.6
+    assert strength.max() < 1.3
+    np.testing.assert_allclose(along - np.diag(np.diag(along)), 0.0, atol=0.05)
+    # Nesterov's first step of Adam: the momentum as it will be after one more equal gradient.
+    nesterov = CONFIG.beta1 * (1 - CONFIG.beta1) / (1 - CONFIG.beta1**2) + 1
+    np.testing.assert_allclose(
+        updates["bias"],
+        -learning_rate(0, config) * nesterov * np.sign(gradient["bias"]),
+        rtol=1e-4,
+    )
+
+
+def test_muon_decays_the_kernel_only() -> None:
+    tx = make_optimizer(dataclasses.replace(CONFIG, name="muon"))
+    params = {"kernel": jnp.full((3, 2), 5.0), "bias": jnp.full(2, 5.0)}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decay = -learning_rate(0, CONFIG) * CONFIG.weight_decay * 5.0
+    np.testing.assert_allclose(updates["kernel"], decay, rtol=1e-5)
+    np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+def test_an_unknown_optimizer_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'lion'.*adamw, muon"):
+        OptimizerConfig(name="lion")

@@ -8,6 +8,7 @@ carry. This script downloads them at pinned versions, renders them to 224x224 on
 * ``OUT/stage1`` and ``OUT/stage2``: two sets in the ``cc_sbu_align`` folder format
   (``filter_cap.json`` and ``image/{image_id}.jpg``). An annotation may carry a ``prompt``, the
   user's question; without one, a prompt of the config's list is drawn;
+  Stage 1 has every picture three times: as it is, and the two altered copies of ``altered``;
 * ``OUT/stage1/meta.json``: name, category, subcategory, vendor and code point of every picture;
 * ``OUT/heldout_tuxpaint.json``: the Tux Paint pictures (5 %) left out of both sets;
 * ``OUT/sources.json``: source, version, licence and number of pictures, for the model card;
@@ -709,6 +710,45 @@ def render(items: list[dict[str, Any]], folder: Path, workers: int) -> list[dict
         return [item for item in done if item is not None]
 
 
+COPIES = ("small", "moved")
+
+
+def altered(picture: Image.Image, key: str, copy: str) -> Image.Image:
+    """A copy of a 224x224 picture that shows the same thing to people, but other patches to a model.
+
+    ``small``: mirrored, shrunk to 64 pixels and enlarged again, as small pictures are. ``moved``: turned by up to
+    12 degrees, at 65 to 95 % of its size, somewhere on the white, from 96 to 192 pixels. Seeded by ``key``.
+    """
+    rng = random.Random(f"{key} {copy}")
+    bicubic, full = Image.Resampling.BICUBIC, (SIZE, SIZE)
+    if copy == "small":
+        mirrored = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return mirrored.resize((64, 64), bicubic).resize(full, bicubic)
+    side = round(SIZE * rng.uniform(0.65, 0.95))
+    turned = picture.rotate(rng.uniform(-12, 12), bicubic, fillcolor="white")
+    out = Image.new("RGB", full, "white")
+    corner = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
+    out.paste(turned.resize((side, side), bicubic), corner)
+    pixels = rng.randint(96, 192)
+    return out.resize((pixels, pixels), bicubic).resize(full, bicubic)
+
+
+def write_copies(image_ids: list[str], folder: Path, workers: int) -> list[str]:
+    """Write the altered copies of every picture of ``folder``; their names, in the same order for each kind."""
+
+    def one(name: tuple[str, str]) -> str:
+        image_id, copy = name
+        with Image.open(folder / f"{image_id}.jpg") as picture:
+            made = altered(picture.convert("RGB"), image_id, copy)
+        made.save(folder / f"{image_id}_{copy}.jpg", quality=95)
+        return f"{image_id}_{copy}"
+
+    names = [(image_id, copy) for copy in COPIES for image_id in image_ids]
+    with ThreadPoolExecutor(workers) as pool:
+        done = track(pool.map(one, names), "copies", total=len(names), console=console)
+        return list(done)
+
+
 # Stage 2: what is generally true of a group of things: (kind, kind in the plural, sentences).
 GROUPS_TEXT = """
 mammal|a mammal|mammals|Mammals are warm-blooded animals, and most have fur or hair.
@@ -1121,7 +1161,7 @@ def other(item: dict[str, Any], named: dict[str, str], rng: random.Random) -> tu
 
 
 def stage2_rows(items: list[dict[str, Any]], seed: int) -> list[dict[str, str]]:
-    """The questions and answers: about 40 % short, 40 % detailed, 20 % others."""
+    """The questions and answers: about 40 % short, 40 % detailed, 20 % others; a third about each kind of copy."""
     rng = random.Random(seed)
     things: dict[str, list[dict[str, Any]]] = {}
     for item in items:
@@ -1152,7 +1192,8 @@ def stage2_rows(items: list[dict[str, Any]], seed: int) -> list[dict[str, str]]:
             prompt, answer = rng.choice(DETAIL), detailed(item, rng)
         else:
             prompt, answer = other(item, named, rng)
-        rows.append({"image_id": item["image_id"], "prompt": prompt, "caption": answer})
+        copy = rng.choice(("", *(f"_{copy}" for copy in COPIES)))
+        rows.append({"image_id": item["image_id"] + copy, "prompt": prompt, "caption": answer})
     return sorted(rows, key=lambda row: (row["image_id"], row["prompt"], row["caption"]))
 
 
@@ -1220,6 +1261,11 @@ def write_stage1(items: list[dict[str, Any]], out: Path, workers: int) -> list[d
     captions = [
         {"image_id": item["image_id"], "caption": sentence(item["plural"], item["phrase"])}
         for item in items
+    ]
+    copies = write_copies([item["image_id"] for item in items], new / "image", workers)
+    captions += [
+        {"image_id": name, "caption": row["caption"]}
+        for name, row in zip(copies, captions * len(COPIES), strict=True)
     ]
     write_json(new / "filter_cap.json", {"annotations": captions})
     keys = (*META, "colours")

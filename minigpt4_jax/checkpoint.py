@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ Tree = Any
 
 _MARKER = "_CHECKPOINT_METADATA"  # written by Orbax into every finished checkpoint folder
 _SHOWN_PROBLEMS = 4
+_ROOM = 1 << 20  # bytes that a checkpoint takes beside its arrays
+_FULL = "Free some space, or choose another folder, and run the command again."
 _log = logging.getLogger(__name__)
 
 
@@ -115,11 +118,17 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
         params: nested dict of NumPy or JAX arrays.
     """
     target = Path(path).absolute()
+    with writable(target):
+        _save_params(target, params)
+
+
+def _save_params(target: Path, params: Tree) -> None:
     if target.exists() and not (target / _MARKER).exists():
         raise CheckpointError(
             f"{target} exists and is not a checkpoint; choose another path or remove it."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    require_room(target.parent, params)
     _sweep_partials(target)
     partial = target.with_name(_partial_name(target, os.getpid()))
     partial.mkdir()
@@ -232,6 +241,36 @@ def listed(problems: list[str]) -> str:
     """The first problems in one line, and how many more there are."""
     more = len(problems) - _SHOWN_PROBLEMS
     return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def require_room(folder: Path, tree: Tree) -> None:
+    """Raises `CheckpointError` before anything is written to a disk that has no room for the arrays of `tree`."""
+    needed = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree)) + _ROOM
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"The disk of {folder} has {free / 1e6:.1f} MB free; a checkpoint needs {needed / 1e6:.1f} MB. {_FULL}"
+        )
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """What a disk can do to a save (full, read-only, no permission) becomes one error that names the folder.
+
+    TensorStore has no type for these: it raises `ValueError` with the words of the operating system.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if re.search("No space left|quota exceeded", str(error), re.I):
+            raise CheckpointError(f"The disk of {path} is full. {_FULL}") from error
+        found = re.search("Permission denied|Read-only file system|Not a directory", str(error))
+        if found:
+            raise CheckpointError(
+                f"{path} cannot be written: {found.group()}. Expected a folder that you may write to; choose another "
+                "one or mend its permissions."
+            ) from error
+        raise
 
 
 def _read_dtype(stored: Any, wanted: Any) -> Any:

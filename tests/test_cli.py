@@ -185,7 +185,7 @@ def test_a_missing_picture_is_one_message(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_folder_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_message(["chat", str(tmp_path), "Hi"], "Expected a file", capsys)
+    assert_one_message(["chat", str(tmp_path), "Hi"], "it is a folder. Expected a file", capsys)
 
 
 def test_a_file_that_is_no_picture_is_one_message(
@@ -194,7 +194,7 @@ def test_a_file_that_is_no_picture_is_one_message(
     file = tmp_path / "notes.png"
     file.write_text("These are notes.")
     assert_one_message(
-        ["chat", str(file), "Hi"], "notes.png: it is damaged or not a picture", capsys
+        ["chat", str(file), "Hi"], "notes.png': it is damaged or not a picture", capsys
     )
 
 

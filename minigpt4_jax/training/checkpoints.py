@@ -26,7 +26,9 @@ from minigpt4_jax.checkpoint import (
     find_damage,
     listed,
     readable,
+    require_room,
     require_same_trees,
+    writable,
 )
 from minigpt4_jax.checksums import NewerFormat, damaged_files, write_checksums
 
@@ -101,16 +103,18 @@ class TrainCheckpoints:
             data_state: JSON-serialisable position of the data iterator.
             meta: JSON-serialisable facts that a resumed run compares, such as its config.
         """
-        self._manager.wait_until_finished()  # one at a time: `_saving` is the one
+        self.wait_until_finished()  # one at a time: `_saving` is the one
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data_state=ocp.args.JsonSave(data_state),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        require_room(self._folder, state)
+        with writable(self._folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data_state=ocp.args.JsonSave(data_state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
 
     def _write_checksums(self) -> None:
         if jax.process_index() == 0:
@@ -202,9 +206,11 @@ class TrainCheckpoints:
 
     def wait_until_finished(self) -> None:
         """Returns when every save that was started is on disk."""
-        self._manager.wait_until_finished()
+        with writable(self._folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the saves and frees the background threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with writable(self._folder):
+            self._manager.wait_until_finished()
+            self._manager.close()

@@ -220,6 +220,10 @@ def fake_python(folder: Path, says: str) -> str:
     [
         ("python: No module named pip", "has no pip.*ensurepip"),
         ("ERROR: [Errno 28] No space left on device", "disk filled up.*MINIGPT4_CACHE=FOLDER"),
+        (
+            "WARNING: Retrying after NewConnectionError(: [Errno 111] Connection refused)",
+            r"could not reach the package index .*\[Errno 111\] Connection refused\. Expected a (?s:.*)PIP_FIND_LINKS",
+        ),
     ],
 )
 def test_what_pip_dies_of_becomes_one_clear_message(

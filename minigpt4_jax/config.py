@@ -29,7 +29,7 @@ class UserError(Exception):
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
+        if not 0 < value < float("inf"):
             raise UserError(
                 f"{type(config).__name__}.{name} is {value!r}; expected a number above 0."
             )

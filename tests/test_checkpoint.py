@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -259,3 +261,46 @@ def test_damage_without_checksums_is_a_clear_error_too(tmp_path: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read; remove it and make it again"):
         load_params(tmp_path / "params", abstract(make_tree()))
+
+
+# --- disks ---
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(
+        CheckpointError, match=r"has 1\.0 MB free; a checkpoint needs 1\.\d MB\. Free"
+    ):
+        save_params(tmp_path / "params", make_tree())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "is full. Free some space"),
+        (ValueError("RESOURCE_EXHAUSTED: ... No space left on device"), "is full. Free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "is full. Free some space"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system. Expected a folder"),
+        (ValueError("PERMISSION_DENIED: ... Permission denied"), "Permission denied. Expected a"),
+    ],
+)
+def test_what_a_disk_does_to_a_save_is_one_message(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    with pytest.raises(CheckpointError) as caught:
+        save_params(tmp_path / "params", make_tree())
+    assert said in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"Not a directory\. Expected a folder"):
+        save_params(tmp_path / "file" / "params", make_tree())

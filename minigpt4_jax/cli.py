@@ -8,24 +8,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.config import TrainConfig, UserError, load, to_yaml
+from minigpt4_jax.exits import run_command
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Chat
     from minigpt4_jax.training.state import Projection
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells expect it (128 + SIGINT)."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for a problem the user can mend (one message), or 130 after Ctrl-C."""
+    """Runs one command and returns its exit code: 0, or one of `exits.py` with one message."""
     parser = argparse.ArgumentParser(
         prog="minigpt4", description="Look at a picture and talk about it."
     )
@@ -41,14 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["convert"]:  # its own parser knows its options, --help too
         return _convert(argparse.Namespace(arguments=arguments[1:]))
     args = parser.parse_args(arguments)
-    try:
-        return int(args.run(args) or 0)
-    except UserError as error:
-        print(f"minigpt4: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        lambda: int(args.run(args) or 0),
+        say=lambda text: print(f"minigpt4: {text}", file=sys.stderr),
+    )
 
 
 # --- chat ---------------------------------------------------------------------------------------------------------
@@ -77,18 +70,15 @@ def _add_chat(commands: Any) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    if not os.path.isfile(args.picture):
-        raise UserError(
-            f"There is no picture at {args.picture!r}. Expected a file; a path with spaces needs quotes."
-        )
+    from minigpt4_jax.data.images import load_image
+
+    picture = load_image(args.picture)  # before seconds of importing: a bad file is said at once
     if not all(question.strip() for question in args.questions):
         raise UserError("A question is empty; expected some text, or no question to open a chat.")
     _set_up_jax()
     from convert.__main__ import tensor_bar
     from minigpt4_jax.api import GenerationConfig, MiniGPT4
-    from minigpt4_jax.data.images import load_image
 
-    picture = load_image(args.picture)  # before minutes of loading: a bad file is said at once
     generation = GenerationConfig(
         max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty
     )
@@ -222,7 +212,8 @@ def _set_up_jax() -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs a traceback for what it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class UserError(Exception):
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
+        if not 0 < value < float("inf"):
             raise UserError(
                 f"{type(config).__name__}.{name} is {value!r}; expected a number above 0."
             )
@@ -314,7 +314,9 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"There is no configuration file {str(path)!r}.") from error
     except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as YAML: {error}. Expected a text file of `key: value` lines."
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a list; expected lines of the form `key: value`.")
     return {str(key): value for key, value in values.items()}

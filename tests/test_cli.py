@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -184,8 +185,43 @@ def test_a_missing_picture_is_one_message(capsys: pytest.CaptureFixture[str]) ->
     assert_one_message(["chat", "no such.png", "Hi"], "no picture at 'no such.png'", capsys)
 
 
+def test_a_bad_picture_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any, **settings: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(cli, "_set_up_jax", load)
+    monkeypatch.setattr(MiniGPT4, "load", load)
+    (tmp_path / "p.png").touch()
+    assert_one_message(["chat", str(tmp_path / "p.png"), "Hi"], "it is empty (0 bytes)", capsys)
+
+
+def test_a_wrong_projection_is_said_before_the_frozen_parts_are_loaded(
+    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any, **settings: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(api, "load_frozen", load)
+    shipped = str(ROOT / "minigpt4_jax" / "assets" / "smol_projection.safetensors")
+    wrong = ["--preset", "tiny", "--projection", shipped]
+    assert_one_message(["chat", str(picture), "Hi", *wrong], "projects 6144 -> 576", capsys)
+
+
+def test_a_full_disk_anywhere_is_one_message(
+    train_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "load", full)
+    said = "'run/metrics.jsonl': No space left on device. The disk is full; expected room"
+    assert_one_message(["train", "--config", str(train_config)], said, capsys)
+
+
 def test_a_folder_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_message(["chat", str(tmp_path), "Hi"], "Expected a file", capsys)
+    assert_one_message(["chat", str(tmp_path), "Hi"], "it is a folder. Expected a file", capsys)
 
 
 def test_a_file_that_is_no_picture_is_one_message(
@@ -194,7 +230,7 @@ def test_a_file_that_is_no_picture_is_one_message(
     file = tmp_path / "notes.png"
     file.write_text("These are notes.")
     assert_one_message(
-        ["chat", str(file), "Hi"], "notes.png: it is damaged or not a picture", capsys
+        ["chat", str(file), "Hi"], "notes.png': it is damaged or not a picture", capsys
     )
 
 

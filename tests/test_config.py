@@ -128,3 +128,16 @@ def test_the_yaml_library_is_imported_only_when_reading() -> None:
     source = Path(load.__code__.co_filename).read_text()
     assert "\nfrom omegaconf" not in source
     assert "\nimport omegaconf" not in source
+
+
+@pytest.mark.parametrize("value", ["0", "-1", ".inf", ".nan"])
+def test_a_rate_that_is_no_number_above_zero_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"init_lr is .*; expected a number above 0"):
+        load(TrainConfig, None, [f"optimizer.init_lr={value}"])
+
+
+def test_a_folder_in_place_of_the_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"Is a directory.*Expected a text file of `key: value` lines"
+    ):
+        load(Whole, tmp_path)

@@ -5,19 +5,27 @@ caches, or anything on a device.
 
 Differs from the original: it drops the alpha channel and ignores the EXIF orientation of a file, and crashes on a
 PIL picture that is not RGB. Here a picture is turned upright and laid on white first (`upright`, `flatten_on_white`:
-apart from `preprocess`, so that the original's behaviour stays within reach). `preprocess` is the original's.
+apart from `preprocess`, so that the original's behaviour stays within reach). `preprocess` is the original's. Colour
+profiles are ignored, as there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import logging
+import os
+import re
+import stat
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from minigpt4_jax.config import UserError
 
@@ -26,66 +34,176 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """The formats that are opened, by PIL's names; others are refused before a decoder sees them."""
 
+FOREIGN = (
+    (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1|avif|avis)", "an HEIC or AVIF picture"),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video"),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),
+    (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture"),
+    (rb"%PDF-", "a PDF document"),
+    (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg\b", "an SVG drawing"),
+    (rb"(?i:\s*<(!doctype html|html|head)\b)", "a web page"),
+    (rb"8BPS", "a Photoshop document"),
+    (rb"version https://git-lfs", "a Git LFS pointer (`git lfs pull` fetches the picture)"),
+    (rb"PK\x03\x04|\x1f\x8b", "an archive"),
+)
+"""How files begin that people take for pictures, and what they are: for the message only."""
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the picture upright (EXIF 2.3, tag 0x0112); 1 and unknown values leave it."""
+_ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+
+_log = logging.getLogger(__name__)
+_warnings_filter = threading.Lock()  # Python has one list of warning filters for all threads
+
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Opens a picture as upright RGB: a path, the bytes of a file, or a PIL picture (which is left as it is).
 
     The first frame of an animation, EXIF orientation applied, transparency laid on white, 16-bit samples scaled to 8.
+    A broken EXIF block is named in the log, and the picture taken as it lies. Nothing but a regular file is read, and
+    no more of it than `MAX_FILE_BYTES`; sizes are compared with `MAX_PIXELS` before anything is decoded.
     Raises `UserError`, with the name of the file, for one that is missing, no picture, damaged or too large.
     """
     if isinstance(source, Image.Image):
-        return flatten_on_white(upright(source))
-    name = "the picture" if isinstance(source, bytes) else f"the picture {source}"
-    data = source if isinstance(source, bytes) else _read(Path(source), name)
-    if len(data) > MAX_FILE_BYTES:
-        raise UserError(
-            f"Cannot open {name}: {len(data)} bytes; expected at most {MAX_FILE_BYTES}. Save a smaller copy."
-        )
+        name, image = "the picture", source
+    else:
+        name = "the picture" if isinstance(source, bytes) else f"the picture {str(source)!r}"
+        data = source if isinstance(source, bytes) else _read(source, name)
+        image = _open(data, name)
+    with _damage(name):
+        # Only TIFF reads its header again while it decodes; others decode side by side, outside of the lock.
+        with _warnings_to_log(name) if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
+        image = upright(image, name=name)
     try:
-        with warnings.catch_warnings():
-            # PIL warns about large pictures; the limit below is ours and is an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
+        return flatten_on_white(image)
+    except ValueError as error:
+        raise UserError(f"Cannot open {name}: {error}") from error
+
+
+def _read(path: str | Path, name: str) -> bytes:
+    """The bytes of a regular file. Never waits (a FIFO) and never reads without end (a device)."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
+            raise UserError(f"Cannot open {name}: it is {kind}. Expected a file.")
+        # O_NONBLOCK: should a FIFO have taken its place, opening it would wait for somebody to write into it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if found.st_size > MAX_FILE_BYTES:
+                raise _too_many_bytes(name, found.st_size)
+            return file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        if isinstance(error, OSError) and error.errno == errno.ENOENT:
             raise UserError(
-                f"Cannot open {name}: {width} x {height} pixels; expected at most {MAX_PIXELS} in all. "
-                "Save a smaller copy."
-            )
-        image.seek(0)
-        image.load()
-        return flatten_on_white(upright(image))
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
+                f"There is no picture at {str(path)!r}. Expected a file; a path with spaces needs quotes."
+            ) from error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"Cannot open {name}: more than {MAX_PIXELS} pixels. Save a smaller copy."
+            f"Cannot open {name}: {reason}. Expected a file that you may read; check the path and its permissions."
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        # PIL reports damage in many ways, SyntaxError (a broken PNG) among them.
-        # Its own text for an unknown format is the address of our buffer.
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Reads the header; refuses what is no picture, and what is too large, before a decoder sees it."""
+    if not data:
+        raise UserError(f"Cannot open {name}: it is empty (0 bytes). Copy or download it again.")
+    if len(data) > MAX_FILE_BYTES:
+        raise _too_many_bytes(name, len(data))
+    try:
+        with _damage(name), _warnings_to_log(name):
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UserError as error:
+        kind = next((kind for start, kind in FOREIGN if re.match(start, data[:4096], re.S)), None)
+        if kind is None or not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+        raise UserError(
+            f"Cannot open {name}: it is {kind}. Expected one of {', '.join(FORMATS)}; convert it to one of these."
+        ) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_many_pixels(name, f"{width} x {height}")
+    return image
+
+
+@contextlib.contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Turns whatever PIL raises for a broken file into a `UserError`."""
+    try:
+        yield
+    except (
+        Image.DecompressionBombError
+    ) as error:  # far above our limit; PIL does not tell the sides
+        count = re.search(r"\d+", str(error))
+        raise _too_many_pixels(name, count.group() if count else "far more") from error
+    except Exception as error:
+        # A decoder among hostile bytes: OSError, SyntaxError, struct.error, IndexError, MemoryError ... all mean the
+        # same. PIL's own text for an unknown format is the address of our buffer.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if unknown else " ".join(str(error).split()) or repr(error)
         raise UserError(
             f"Cannot open {name}: it is damaged or not a picture ({reason}). "
-            f"Expected one of {', '.join(FORMATS)}."
+            f"Expected one of {', '.join(FORMATS)}; copy, download or export it again."
         ) from error
 
 
-def _read(path: Path, name: str) -> bytes:
+def _too_many_bytes(name: str, count: int) -> UserError:
+    return UserError(
+        f"Cannot open {name}: {count} bytes; expected at most {MAX_FILE_BYTES}. Save a smaller copy."
+    )
+
+
+def _too_many_pixels(name: str, count: str) -> UserError:
+    return UserError(
+        f"Cannot open {name}: {count} pixels; expected at most {MAX_PIXELS} in all. Save a smaller copy."
+    )
+
+
+@contextlib.contextmanager
+def _warnings_to_log(name: str) -> Iterator[None]:
+    """What PIL warns of (with its own source line) becomes a line of the log that names the picture."""
+    with _warnings_filter, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        # PIL warns about large pictures; the limit here is ours and is an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+    for warning in said:
+        _log.warning("%s: %s", name, " ".join(str(warning.message).split()))
+
+
+def upright(image: Image.Image, *, name: str = "the picture") -> Image.Image:
+    """Turns a picture as its EXIF orientation asks. A picture without one comes back as it is.
+
+    An EXIF block that cannot be read is no reason to refuse the pixels: the picture comes back as it is, and the log
+    says so under `name`.
+    """
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"Cannot open {name}: {error.strerror or error}.") from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turns a picture as its EXIF orientation asks. A picture without one comes back as it is."""
-    return ImageOps.exif_transpose(image)
+        with _warnings_to_log(name):
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # PIL reports a broken block in many ways, struct.error among them
+        _log.warning("%s: its EXIF block cannot be read (%s); taken as it lies.", name, error)
+        return image
+    if not isinstance(orientation, int) or orientation not in _TRANSPOSE:
+        return image
+    turned = image.transpose(_TRANSPOSE[orientation])
+    for key in _ORIENTATION_KEYS:  # turned once is enough
+        turned.info.pop(key, None)
+    return turned
 
 
 def flatten_on_white(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; where the picture is transparent, white shows through."""
+    """Any mode to RGB; where the picture is transparent, white shows through.
+
+    Raises `ValueError` for samples whose range is not known: floating point, and integers beyond 16 bits.
+    """
     if image.mode.startswith(("I", "F")):
         image = _to_eight_bits(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -98,11 +216,23 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit (`I;16`, `I`) and float (`F`) grey to 8 bits. PIL's own conversion clips at 255 instead of scaling."""
-    values = np.asarray(image).astype(np.float64)
-    full = 65535.0 if image.mode.startswith("I") else 255.0
-    scaled = np.clip(np.nan_to_num(values) * (255.0 / full), 0.0, 255.0)
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    """16-bit grey (`I;16`, `I`) to 8 bits. PIL's own conversion clips at 255 instead of scaling."""
+    if image.mode.startswith("F"):
+        raise ValueError(
+            "its samples are floating point, and what counts as white is not in the file. Expected 8 or 16 bits per "
+            "sample; save it so."
+        )
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(
+            f"its samples lie between {low} and {high}. Expected 0 to 65535 (16 bits) at most; save it so."
+        )
+    scaled = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # the one grey that a PNG names as see-through
+        scaled[values == transparent] = 255
+    return Image.fromarray(scaled)
 
 
 def preprocess(

@@ -167,7 +167,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"There is no tokenizer at {file}; expected a Hugging Face tokenizer.json.")
+        raise UserError(
+            f"There is no tokenizer at {file}; expected a Hugging Face tokenizer.json. Fetch or convert it again."
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises the bare Exception class
@@ -186,11 +188,20 @@ def _named_tokens(config_file: Path) -> dict[str, str | None]:
             raise UserError(
                 f"{config_file} is not JSON ({error}). Fetch or convert it again."
             ) from error
+        if not isinstance(config, dict):
+            raise UserError(
+                f"{config_file} holds a {type(config).__name__}; expected an object with bos_token, eos_token and "
+                "pad_token. Fetch or convert it again."
+            )
     named: dict[str, str | None] = {}
     for role in ("bos_token", "eos_token", "pad_token"):
         token = config.get(role)
         # Older files hold the token as an object with its text under "content".
         named[role] = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(named[role], str | None):
+            raise UserError(
+                f"{role} in {config_file} is {token!r}; expected the text of a token. Fetch or convert it again."
+            )
     return named
 
 

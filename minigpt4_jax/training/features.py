@@ -74,6 +74,9 @@ def encode_features(
     store = np.lib.format.open_memmap(
         partial, mode="r+" if start else "w+", dtype=np.float16, shape=shape
     )
+    if not start:  # a full disk is an error here and now, not a bus error in the middle
+        with partial.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
     encode = jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0][:, 1:])
     vision = {"vit": params["vit"], "ln_vision": params["ln_vision"]}
     advance(start)

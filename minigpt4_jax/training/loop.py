@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt4_jax.checkpoint import TrainCheckpoints
 from minigpt4_jax.config import TrainConfig, UserError
 from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.datasets import CcSbuAlign, make_pipeline
@@ -27,6 +26,7 @@ from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, make_model
 from minigpt4_jax.presets import Preset, get_preset
+from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.features import Features, encode_features, fingerprint
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import Metrics, make_progress

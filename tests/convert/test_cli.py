@@ -165,3 +165,26 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         cli.main([command, "--help"])
     assert stopped.value.code == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_ctrl_c_is_one_word_and_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(progress: object) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "prepare_smol", interrupted)
+    assert cli.main(["smol"]) == 130
+    assert "Stopped." in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_message(
+    tmp_path: Path,
+    gguf_arrays: Arrays,
+    write_gguf: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_gguf(tmp_path / "m.gguf", gguf_arrays)
+    (tmp_path / "file").touch()
+    assert cli.main(["llama", str(source), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "Not a directory" in capsys.readouterr().err

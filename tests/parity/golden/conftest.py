@@ -2,7 +2,8 @@
 
 A golden set is a folder of numbers that the original PyTorch code produced with tiny random weights. The tests here
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
-`test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the composition without a Q-Former.
+`test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the composition without a Q-Former,
+`test_golden_images.py` picture files and what the image processors make of them.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -41,6 +42,7 @@ DEFAULT = Path(__file__).parents[2] / "golden"
 FOLDER = Path(os.environ.get("MINIGPT4_GOLDEN") or DEFAULT).absolute()
 
 VIT, NOQF = "eva_vit", "minigpt4_noqf"
+IMAGES = "images"
 BASE_LLAMA = "llama_mha"
 """The language model behind `minigpt4_noqf`, as the README of the sets says."""
 BLIP2 = "qformer/blip2_qformer.pth"
@@ -247,6 +249,35 @@ def answer_cases() -> list[tuple[str, str]]:
     ]
 
 
+def picture_cases() -> list[str]:
+    """`tall.jpg`...: every file of the folder that is a picture with its arrays beside it."""
+    files = sorted((FOLDER / IMAGES).glob("*"))
+    return [
+        file.name
+        for file in files
+        if file.suffix not in (".npz", ".json") and file.with_suffix(".npz").exists()
+    ]
+
+
+def picture_arrays(kind: str) -> list[tuple[str, str]]:
+    """(picture, key) of every array of a kind: `decoded_rgb_u8`, `resized_u8_224`, `eval_448`..."""
+    return [
+        (name, key)
+        for name in picture_cases()
+        for key in GOLDEN.keys(f"{IMAGES}/{Path(name).stem}.npz")
+        if key.startswith(kind)
+    ]
+
+
+def picture_differences() -> list[tuple[str, str]]:
+    """(report, key) of every array that a newer Pillow computes otherwise; the key is `tall__resized_u8_224`."""
+    return [
+        (file.with_suffix(".json").name, key)
+        for file in sorted((FOLDER / IMAGES).glob("pillow*_differences.npz"))
+        for key in GOLDEN.keys(f"{IMAGES}/{file.name}")
+    ]
+
+
 def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
 
@@ -261,6 +292,11 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "encode_case": encode_cases,
     "forward_case": forward_cases,
     "answer_case": answer_cases,
+    "picture": picture_cases,
+    "decoded_picture": lambda: picture_arrays("decoded_rgb_u8"),
+    "resized_picture": lambda: picture_arrays("resized_u8_"),
+    "processed_picture": lambda: picture_arrays("eval_"),
+    "picture_difference": picture_differences,
 }
 
 NOT_HELD = object()

@@ -1,0 +1,61 @@
+"""How a command ends: 0, or one message and another code; never a traceback for what a user can mend.
+
+For: `minigpt4`, `train.py`, `python -m convert`. Not for: finding problems (everything that finds one raises
+`UserError`), and not for mistakes in this project, which keep their traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from minigpt4_jax.config import UserError
+
+PROBLEM = 2
+INTERRUPTED = 130
+"""After Ctrl-C, as shells expect it (128 + SIGINT)."""
+BROKEN_PIPE = 141
+"""The reader of the output went away (128 + SIGPIPE)."""
+
+
+def run_command(command: Callable[[], int], *, say: Callable[[str], None]) -> int:
+    """Runs `command` and returns its exit code; a problem goes to `say` as one message.
+
+    Errors of the operating system that were not met on the way (a full disk, a place without permission) end here too.
+    """
+    try:
+        return command()
+    except UserError as error:
+        say(str(error))
+        return PROBLEM
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more at its end; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno is None:  # not from the operating system
+            raise
+        say(explain(error))
+        return PROBLEM
+
+
+def explain(error: OSError) -> str:
+    """An error of the operating system with what to do about it."""
+    where = repr(error.filename) if error.filename is not None else "A file"
+    text = f"{where}: {error.strerror or os.strerror(error.errno or 0)}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{text} The disk is full; expected room to write. Free some space or choose another place (workdir, "
+            "--out, MINIGPT4_CACHE), and run the command again; a training run goes on where its last checkpoint is."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{text} Expected a place that you may use; choose another one (workdir, --out, MINIGPT4_CACHE), or mend "
+            "the permissions."
+        )
+    return f"{text} Expected a path that can be read or written; check it and the disk, and run the command again."

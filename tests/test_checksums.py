@@ -1,0 +1,61 @@
+"""checksums.py: what was written is what is read, or every file that is not is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minigpt4_jax import checksums
+from minigpt4_jax.checksums import NewerFormat, damaged_files, write_checksums
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a").write_bytes(bytes(range(256)))
+    (tmp_path / "deep" / "b").write_bytes(b"")
+    write_checksums(tmp_path)
+    return tmp_path
+
+
+def test_an_untouched_folder_has_no_damage(folder: Path) -> None:
+    assert damaged_files(folder) == []
+    listed = json.loads((folder / "checksums.json").read_text())
+    assert listed["files"]["a"] == {"bytes": 256, "crc32": "29058c73"}  # of the bytes 0 to 255
+    assert set(listed["files"]) == {"a", "deep/b"}
+
+
+def test_every_difference_is_named(folder: Path) -> None:
+    (folder / "a").write_bytes(bytes(256))
+    (folder / "deep" / "b").unlink()
+    (folder / "c").touch()
+    assert damaged_files(folder) == [
+        "deep/b is missing",
+        "c does not belong there",
+        "a has crc32 0d968558, expected 29058c73",
+    ]
+
+
+def test_large_files_are_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_CHUNK", 7)
+    assert damaged_files(folder) == []
+
+
+def test_without_checksums_nothing_is_known(tmp_path: Path) -> None:
+    assert damaged_files(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 1}', '{"format": "1", "files": {}}', "\0"]
+)
+def test_a_broken_list_is_damage(text: str, folder: Path) -> None:
+    (folder / "checksums.json").write_text(text)
+    assert damaged_files(folder)
+
+
+def test_a_later_format_is_not_taken_for_damage(folder: Path) -> None:
+    (folder / "checksums.json").write_text(json.dumps({"format": checksums.FORMAT + 1}))
+    with pytest.raises(NewerFormat, match="Update it"):
+        damaged_files(folder)

@@ -13,7 +13,7 @@ serves any number of them.
 
 from __future__ import annotations
 
-import dataclasses
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,9 +30,11 @@ from minigpt4_jax.data.images import load_image, preprocess
 from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import Sampling
+from minigpt4_jax.generation.sampling import Sampling, make_sampling
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
-from minigpt4_jax.presets import Preset, get_preset
+from minigpt4_jax.presets import MAX_SEED, GenerationConfig, Preset, get_preset
+
+__all__ = ["Chat", "GenerationConfig", "MiniGPT4"]
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,24 +43,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, parts done, parts in all)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How answers are written. The defaults are the smol preset's: greedy, short."""
-
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
-        Sampling(repetition_penalty=self.repetition_penalty)
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(repetition_penalty=self.repetition_penalty)
 
 
 class MiniGPT4:
@@ -108,8 +92,8 @@ class MiniGPT4:
         return cls(preset, params, tokenizer, dtype=storage, context=context)
 
     def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
-        """A new conversation; any number may exist side by side."""
-        return Chat(self, generation or GenerationConfig())
+        """A new conversation; any number may exist side by side. `generation` None is the preset's own."""
+        return Chat(self, generation or self.preset.generation)
 
     def embed_images(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "I T D"]:
         """Embeddings of pictures in the language model's space, float32 `[I, image tokens, width]`."""
@@ -132,7 +116,9 @@ class MiniGPT4:
         *,
         generation: GenerationConfig | None = None,
     ) -> list[str]:
-        """One answer per (picture, question) pair, decoded together.
+        """One answer per (picture, question) pair, decoded together; each is the answer that a chat gives alone.
+
+        With a seed, every row draws by it; without one each row has a seed of its own.
 
         Raises:
             UserError: the numbers of pictures and questions differ, or a prompt does not fit the context.
@@ -143,7 +129,7 @@ class MiniGPT4:
             )
         if not pictures:
             return []
-        config = generation or GenerationConfig()
+        config = generation or self.preset.generation
         chats = [self._conversation() for _ in questions]
         embeds = self.embed_images(pictures)
         prompts = []
@@ -155,7 +141,8 @@ class MiniGPT4:
             list(embeds),
             max_new_tokens=config.max_new_tokens,
             stop_tokens=chats[0].stop_ids,
-            sampling=config.sampling,
+            sampling=_sampling(config, [pick_seed(config) for _ in questions]),
+            written=chats[0].written_ids,
         )
         return [
             chat.add_answer(_read(chat, ids), ids) for chat, ids in zip(chats, answers, strict=True)
@@ -177,13 +164,22 @@ class Chat:
         self._model = model
         self._generation = generation
         self._conversation = model._conversation()
+        self.seed = pick_seed(generation)
+        """By which answers are drawn: the one that was asked for, or the one that was picked for this conversation."""
         self.last_answer = ""
         """The newest answer, cleaned."""
         self.finish_reason: Literal["", "stop", "length", "cancelled"] = ""
         """Why it ended: by itself, at `max_new_tokens` or the end of the context, or because the caller stopped."""
 
     def add_image(self, picture: Picture) -> None:
-        """Shows a picture; the next question is about it. Encoded once, whatever is asked later."""
+        """Shows a picture; the next question is about it. At any time, any number: all of them stay in view.
+
+        Encoded once, whatever is asked later.
+
+        Raises:
+            ContextFull: the conversation has no room for it; nothing was added.
+            UserError: it is not a picture.
+        """
         self._conversation.add_image(self._model.embed_images([picture])[0])
 
     def ask(self, question: str) -> str:
@@ -209,7 +205,8 @@ class Chat:
             np.concatenate(pictures) if pictures else None,
             max_new_tokens=min(self._generation.max_new_tokens, limit),
             stop_tokens=self._conversation.stop_ids,
-            sampling=self._generation.sampling,
+            sampling=_sampling(self._generation, [self.seed]),
+            written=self._conversation.written_ids,
         )
         self.finish_reason = "cancelled"
         try:
@@ -236,6 +233,21 @@ def _read(chat: Conversation[Any], ids: Sequence[int]) -> str:
             break
     stream.finish()
     return stream.text
+
+
+def pick_seed(generation: GenerationConfig) -> int:
+    """The seed of one conversation: the one that was set, or a new one."""
+    return secrets.randbelow(MAX_SEED + 1) if generation.seed is None else generation.seed
+
+
+def _sampling(generation: GenerationConfig, seeds: Sequence[int]) -> Sampling:
+    return make_sampling(
+        repetition_penalty=generation.repetition_penalty,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        seeds=seeds,
+    )
 
 
 def pick_dtype(name: str) -> Any:

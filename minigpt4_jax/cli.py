@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from minigpt4_jax.exits import run_command
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Chat
+    from minigpt4_jax.presets import GenerationConfig
     from minigpt4_jax.training.state import Projection
 
 
@@ -55,41 +56,86 @@ def _add_chat(commands: Any) -> None:
     )
     chat.add_argument("picture", help="a picture file (JPEG, PNG, WebP, GIF, BMP, TIFF)")
     chat.add_argument("questions", nargs="*", metavar="QUESTION")
+    chat.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a further picture, shown with the first question; may be given again",
+    )
     chat.add_argument("--preset", default="smol", help="the model (default: %(default)s)")
     chat.add_argument("--projection", help="a projection file instead of the shipped one")
     chat.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)"
-    )
-    chat.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="P", help="1.0 is off (default)"
-    )
-    chat.add_argument(
         "--context", type=int, default=1024, metavar="N", help="longest conversation, in tokens"
     )
+    answers = chat.add_argument_group(
+        "how answers are written",
+        "Without these, as the preset does: smol takes the likeliest word.",
+    )
+    for name, (kind, metavar, explanation) in GENERATION_OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        answers.add_argument(flag, type=kind, metavar=metavar, help=explanation)
     chat.set_defaults(run=_chat)
+
+
+GENERATION_OPTIONS: dict[str, tuple[type, str, str]] = {
+    "max_new_tokens": (int, "N", "longest answer, in tokens"),
+    "temperature": (float, "T", "0 takes the likeliest word, 1 draws as the model says"),
+    "top_k": (int, "K", "draw only from the K likeliest words; 0 is off"),
+    "top_p": (float, "P", "draw only from the likeliest words that reach P together; 1 is off"),
+    "repetition_penalty": (
+        float,
+        "R",
+        "above 1, words already written become less likely; 1 is off",
+    ),
+    "seed": (int, "S", "draw the same answers again"),
+}
+"""The fields of `GenerationConfig`, as options."""
+
+
+def _generation(args: argparse.Namespace) -> GenerationConfig:
+    """The preset's settings with those that were typed. Raises `UserError` for one that would change nothing."""
+    from minigpt4_jax.presets import get_preset
+
+    typed = {
+        name: value for name in GENERATION_OPTIONS if (value := getattr(args, name)) is not None
+    }
+    generation = dataclasses.replace(get_preset(args.preset).generation, **typed)
+    idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if name in typed]
+    if idle and generation.temperature == 0:
+        raise UserError(
+            f"{' and '.join(idle)} would change nothing: the temperature is 0, which always takes the likeliest word. "
+            "Expected --temperature above 0 with it, for example 1."
+        )
+    return generation
 
 
 def _chat(args: argparse.Namespace) -> int:
     from minigpt4_jax.data.images import load_image
 
-    picture = load_image(args.picture)  # before seconds of importing: a bad file is said at once
+    # Before seconds of importing and minutes of loading: a bad file is said at once.
+    pictures = [load_image(path) for path in (args.picture, *args.image)]
     if not all(question.strip() for question in args.questions):
         raise UserError("A question is empty; expected some text, or no question to open a chat.")
+    generation = _generation(args)
     _set_up_jax()
     from convert.__main__ import tensor_bar
-    from minigpt4_jax.api import GenerationConfig, MiniGPT4
+    from minigpt4_jax.api import MiniGPT4
 
-    generation = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty
-    )
     with tensor_bar() as progress:
         model = MiniGPT4.load(
             args.preset, projection=args.projection, context=args.context, progress=progress
         )
-    chat = model.start_chat(generation)
-    chat.add_image(picture)
+
+    def start() -> Chat:
+        chat = model.start_chat(generation)
+        for picture in pictures:
+            chat.add_image(picture)
+        return chat
+
+    chat = start()
     if not args.questions:
-        return _converse(chat)
+        return _converse(chat, start)
     for number, question in enumerate(args.questions):
         if len(args.questions) > 1:
             print(("\n" if number else "") + f"> {question}")
@@ -97,26 +143,65 @@ def _chat(args: argparse.Namespace) -> int:
     return 0
 
 
-def _converse(chat: Chat) -> int:
+COMMANDS = """\
+/image PATH   shows another picture; the next question is about it, and all stay in view
+/reset        begins again, with the pictures that the program was started with
+/help         shows this
+Ctrl-C stops an answer; an empty line or Ctrl-D ends. A question that begins with / needs a space before it."""
+
+
+def _converse(chat: Chat, start: Callable[[], Chat]) -> int:
+    """Reads questions and commands from the terminal until an empty line; `start` begins a conversation again."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history in input())
     print(
-        "Ask about the picture. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", flush=True
+        "Ask about the picture. Ctrl-C stops an answer; an empty line or Ctrl-D ends; /help shows more.",
+        flush=True,
     )
     while True:
         try:
-            question = input("\n> ").strip()
+            line = input("\n> ")
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
-        if not question:
+        if not line.strip():
             return 0
         try:
-            _print_answer(chat, question)
+            if line.startswith("/"):
+                chat = _run_command(line, chat, start)
+            else:
+                _print_answer(chat, line.strip())
         except KeyboardInterrupt:
             print(" [stopped]")
         except UserError as error:
             print(f"minigpt4: {error}", file=sys.stderr)
+
+
+def _run_command(line: str, chat: Chat, start: Callable[[], Chat]) -> Chat:
+    """Does what a line that begins with `/` says and returns the conversation that goes on."""
+    name, _, rest = line.strip().partition(" ")
+    path = os.path.expanduser(_unquoted(rest.strip()))
+    if name == "/image" and path:
+        _check_is_file(path)
+        chat.add_image(path)
+        print("Seen: the next question is about it.", flush=True)
+    elif name == "/reset" and not path:
+        chat = start()
+        print("A new conversation, with the first pictures.", flush=True)
+    elif name == "/help" and not path:
+        print(COMMANDS, flush=True)
+    else:
+        raise UserError(
+            f"There is no command {line.strip()!r}; expected /image PATH, /reset or /help. "
+            "To ask a question that begins with /, put a space before it."
+        )
+    return chat
+
+
+def _unquoted(text: str) -> str:
+    """A path as people paste it from a shell: with one pair of quotes around it, or bare, spaces and all."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def _print_answer(chat: Chat, question: str) -> None:

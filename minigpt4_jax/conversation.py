@@ -12,7 +12,7 @@ the published models its text is tokenised again, as they were used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.prompts import (
@@ -35,15 +35,25 @@ PictureT = TypeVar("PictureT")
 class ContextFull(UserError):
     """The next prompt would not leave room for an answer. Nothing was added to the conversation.
 
-    `used` tokens are in the prompt, `room` are wanted for the answer, `limit` is what the model can hold.
+    `used` tokens are in the prompt, `room` are wanted for the answer, `limit` is what the model can hold; `adding` says
+    whether a question or a picture was too much.
     """
 
-    def __init__(self, *, used: int, room: int, limit: int, num_pictures: int) -> None:
+    def __init__(
+        self,
+        *,
+        used: int,
+        room: int,
+        limit: int,
+        num_pictures: int,
+        adding: Literal["question", "picture"],
+    ) -> None:
         self.used, self.room, self.limit = used, room, limit
+        hint = ", or ask something shorter" if adding == "question" else ""
         super().__init__(
-            f"The conversation is full: with this question it has {used} tokens ({num_pictures} picture(s) among "
+            f"The conversation is full: with this {adding} it has {used} tokens ({num_pictures} picture(s) among "
             f"them) and the answer needs room for {room}, but the model holds {limit}. "
-            "Start a new conversation, or ask something shorter."
+            f"Start a new conversation{hint}."
         )
 
 
@@ -89,7 +99,7 @@ class Conversation(Generic[PictureT]):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """What was said so far; a picture joins when it is asked about."""
+        """What was said so far; a picture joins when it is asked about (`text` shows it before)."""
         return tuple(self._turns)
 
     @property
@@ -102,8 +112,23 @@ class Conversation(Generic[PictureT]):
         """Ids that end an answer."""
         return tuple(self._tokenizer.special(name) for name in self.template.stop_tokens)
 
+    @property
+    def written_ids(self) -> tuple[int, ...]:
+        """Ids that the repetition penalty counts as written before an answer: the template's bos, as in the original.
+
+        There it is the stand-in that transformers 4.30 begins its history with when a prompt comes as embeddings; the
+        prompt itself is never counted.
+        """
+        bos = self.template.bos
+        return () if bos is None else (self._tokenizer.special(bos),)
+
     def add_image(self, picture: PictureT) -> None:
-        """Shows a picture; the next question is about it."""
+        """Shows a picture; the next question is about it.
+
+        Raises `ContextFull`, and adds nothing, when not even an empty question about it would leave room.
+        """
+        turns = [*self._turns, *self._user_turns(None, self._unasked + 1)]
+        self._encode(turns, room=1, num_pictures=len(self._pictures) + 1, adding="picture")
         self._pictures.append(picture)
         self._unasked += 1
 
@@ -116,7 +141,20 @@ class Conversation(Generic[PictureT]):
 
         Raises `ContextFull`, and adds nothing, when prompt and `room` together are more than the context.
         """
-        turns = [*self._turns, *self._user_turns(question)]
+        turns = [*self._turns, *self._user_turns(question, self._unasked)]
+        ids = self._encode(turns, room=room, num_pictures=len(self._pictures), adding="question")
+        self._turns, self._unasked, self._prompt_tokens = turns, 0, len(ids)
+        return ids
+
+    def _encode(
+        self,
+        turns: Sequence[Turn],
+        *,
+        room: int,
+        num_pictures: int,
+        adding: Literal["question", "picture"],
+    ) -> list[int]:
+        """Ids of a prompt with these turns; raises `ContextFull` when `room` is not left behind it."""
         ids = encode_prompt(
             self.template,
             conversation_pieces(self.template, turns, system=self._system),
@@ -125,18 +163,22 @@ class Conversation(Generic[PictureT]):
         )
         if len(ids) + room > self._context:
             raise ContextFull(
-                used=len(ids), room=room, limit=self._context, num_pictures=len(self._pictures)
+                used=len(ids),
+                room=room,
+                limit=self._context,
+                num_pictures=num_pictures,
+                adding=adding,
             )
-        self._turns, self._unasked, self._prompt_tokens = turns, 0, len(ids)
         return ids
 
-    def _user_turns(self, question: str | None) -> list[Turn]:
-        if self.template.images_share_turn or self._unasked == 0:
-            inside = user_pieces(self.template, question, num_pictures=self._unasked)
+    def _user_turns(self, question: str | None, num_pictures: int) -> list[Turn]:
+        """The turns that pictures and the question about them are written as."""
+        if self.template.images_share_turn or num_pictures == 0:
+            inside = user_pieces(self.template, question, num_pictures=num_pictures)
             return [Turn("user", inside)]
         alone = Turn("user", user_pieces(self.template, None, num_pictures=1))
         asked = Turn("user", user_pieces(self.template, question, num_pictures=1))
-        return [*[alone] * (self._unasked - 1), asked]
+        return [*[alone] * (num_pictures - 1), asked]
 
     def add_answer(self, text: str, ids: Sequence[int] | None = None) -> str:
         """Adds an answer to the history and returns it cleaned: `AnswerStream.text` and `.ids`, or text from elsewhere.
@@ -166,9 +208,14 @@ class Conversation(Generic[PictureT]):
         )
 
     def text(self) -> str:
-        """The conversation so far as people read it, control tokens and `<ImageHere>` spelled out."""
+        """The conversation so far as people read it, control tokens and `<ImageHere>` spelled out.
+
+        Pictures that wait for a question stand at its end.
+        """
+        waiting = self._user_turns(None, self._unasked) if self._unasked else []
+        turns = [*self._turns, *waiting]
         return pieces_text(
-            conversation_pieces(self.template, self._turns, system=self._system, open_answer=False)
+            conversation_pieces(self.template, turns, system=self._system, open_answer=False)
         )
 
 

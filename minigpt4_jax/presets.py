@@ -1,10 +1,14 @@
 """The named models: sizes and the conventions that belong to them. YAML picks one by name and holds no sizes.
 
 Not for: where weights come from (`convert/`), nor how they are trained (`configs/`).
+
+Differs from the original, where the settings of an answer are spread over a signature, a demo script and a default
+hidden in transformers (top-k 50): here they are the preset's, in one place.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError, VitConfig
@@ -13,6 +17,66 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How answers are written; as it stands greedy and short, which is what `smol` does.
+
+    Raises `UserError` for a number outside its range. Changing a number never compiles anything; going from greedy to
+    drawn answers does, once.
+    """
+
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token (greedy); 1 draws as the model says; above 1 the unlikely gains."""
+    top_k: int = 0
+    """Draws only from so many of the likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Draws only from the likeliest tokens that together reach this probability; 1 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the answer already has become less likely; 1 is off."""
+    seed: int | None = None
+    """The same seed and conversation give the same answer; None takes a new one for each conversation."""
+
+    def __post_init__(self) -> None:
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("max_new_tokens", _is_whole(self.max_new_tokens, 1), "at least 1"),
+            (
+                "temperature",
+                self.temperature == 0 or 0.01 <= self.temperature <= 100,
+                "0 (always the likeliest token) or a number from 0.01 to 100",
+            ),
+            ("top_k", _is_whole(self.top_k, 0), "a whole number above 0, or 0 (off)"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1 (1 is off)"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+                "a number above 0 (1.0 is off)",
+            ),
+            (
+                "seed",
+                self.seed is None or _is_whole(self.seed, 0, MAX_SEED),
+                f"a whole number from 0 to {MAX_SEED}, or none for a new one each time",
+            ),
+        )
+        for name, holds, expected in checks:
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}.")
+
+
+def _is_whole(value: object, least: int, most: int = 2**31 - 1) -> bool:
+    return isinstance(value, int) and least <= value <= most
+
+
+ORIGINAL_GENERATION = GenerationConfig(
+    max_new_tokens=300, temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05
+)
+"""What the original's chat does unless told otherwise; the top-k is transformers' own default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +88,8 @@ class Preset:
     """Name of the conversation template in `data/prompts.py`."""
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
+    generation: GenerationConfig
+    """How its answers are written unless the caller says otherwise."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -58,6 +124,7 @@ PRESETS: dict[str, Preset] = {
         template="chatml",
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
+        generation=GenerationConfig(),
     ),
     # DINOv2 ViT-S/14 and SmolLM2-135M-Instruct. Sixteen patches (one row of the grid) make a token: 16 tokens and a
     # 3.5 M projection cost half the compute of 64 tokens and 0.9 M, on a model meant for laptops.
@@ -91,6 +158,41 @@ PRESETS: dict[str, Preset] = {
         template="chatml",
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
+        generation=GenerationConfig(),
+    ),
+    # The published Llama-2 model: EVA ViT-g/14 without its last block, no Q-Former, Llama-2-chat 7B. Its weights are
+    # for the user to convert.
+    "llama2-7b": Preset(
+        model=ModelConfig(
+            vit=VitConfig(
+                image_size=224,
+                patch_size=14,
+                width=1408,
+                num_layers=39,
+                num_heads=16,
+                mlp_width=6144,
+                norm_eps=1e-6,
+            ),
+            llama=LlamaConfig(
+                vocab_size=32000,
+                width=4096,
+                mlp_width=11008,
+                num_layers=32,
+                num_heads=32,
+                num_kv_heads=32,
+                head_dim=128,
+                rope_base=10000.0,
+                norm_eps=1e-5,
+                tie_embeddings=False,
+                max_positions=4096,
+            ),
+            ln_vision_eps=1e-5,
+            patches_per_token=4,
+        ),
+        template="llama2",
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        generation=ORIGINAL_GENERATION,
     ),
 }
 

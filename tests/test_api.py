@@ -288,19 +288,105 @@ def test_generation_settings_reach_the_engine(model: MiniGPT4, engine: Recorder)
     settings = GenerationConfig(max_new_tokens=3, repetition_penalty=1.3)
     model.start_chat(settings).ask("What?")
     assert engine.settings[0]["max_new_tokens"] == 3
-    assert engine.settings[0]["sampling"].repetition_penalty == 1.3
+    sampling = engine.settings[0]["sampling"]
+    assert sampling.repetition_penalty == np.float32(1.3)
+    assert sampling.draw is None
+    settings = dataclasses.replace(settings, temperature=0.5, top_k=7, top_p=0.8, seed=9)
+    model.start_chat(settings).ask("What?")
+    draw = engine.settings[1]["sampling"].draw
+    assert (draw.temperature, draw.top_k, draw.top_p) == (0.5, 7, np.float32(0.8))
+    assert draw.seeds.tolist() == [9]
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a number above 0"),
-    ],
-)
-def test_settings_without_sense_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        GenerationConfig(**settings)
+def test_drawn_answers_are_those_of_their_seed_alone_and_together(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    settings = GenerationConfig(max_new_tokens=12, temperature=1.5, top_p=0.99, seed=11)
+    questions = ["What is this?", "Why?", "Is it large?"]
+    alone = []
+    for picture, question in zip(pictures, questions, strict=True):
+        chat = model.start_chat(settings)
+        chat.add_image(picture)
+        assert chat.seed == 11
+        alone.append(chat.ask(question))
+    assert model.generate(pictures, questions, generation=settings) == alone
+    assert alone != model.generate(pictures, questions, generation=SHORT)
+    # The temperature is the only change: as it goes to nothing, the answer goes to the greedy one.
+    cold = dataclasses.replace(settings, temperature=0.01)
+    greedy = dataclasses.replace(settings, temperature=0.0)
+    assert model.generate(pictures, questions, generation=cold) == model.generate(
+        pictures, questions, generation=greedy
+    )
+
+
+def test_without_a_seed_every_conversation_and_row_has_its_own(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    settings = GenerationConfig(max_new_tokens=12, temperature=2.0)
+    chats = [model.start_chat(settings) for _ in range(3)]
+    assert len({chat.seed for chat in chats}) == 3
+    assert len({chat.ask("What?") for chat in chats}) == 3
+    rows = model.generate([pictures[0]] * 3, ["What?"] * 3, generation=settings)
+    assert len(set(rows)) == 3
+    again = model.start_chat(dataclasses.replace(settings, seed=chats[0].seed))
+    assert again.ask("What?") == chats[0].last_answer
+
+
+def test_asked_again_in_a_conversation_a_question_is_drawn_anew(model: MiniGPT4) -> None:
+    chat = model.start_chat(GenerationConfig(max_new_tokens=12, temperature=2.0, seed=5))
+    assert chat.ask("What?") != chat.ask("What?")
+
+
+def test_the_preset_says_how_answers_are_written_unless_the_caller_does(
+    model: MiniGPT4, engine: Recorder, pictures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GenerationConfig(max_new_tokens=4, temperature=1.0, seed=3)
+    monkeypatch.setattr(model, "preset", dataclasses.replace(model.preset, generation=settings))
+    expected = model.start_chat(settings)
+    expected.add_image(pictures[0])
+    assert model.generate([pictures[0]], ["What?"]) == [expected.ask("What?")]
+    chat = model.start_chat()
+    chat.add_image(pictures[0])
+    assert chat.ask("What?") == expected.last_answer
+    assert engine.settings[-1]["max_new_tokens"] == 4
+    model.start_chat(SHORT).ask("What?")
+    assert engine.settings[-1]["max_new_tokens"] == 12
+    assert engine.settings[-1]["sampling"].draw is None
+
+
+def test_only_the_published_templates_have_a_bos_that_counts_as_written(
+    model: MiniGPT4, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+
+    def note(*prompts: Any, **settings: Any) -> list[list[int]]:
+        written.append(settings["written"])
+        return [[]]
+
+    monkeypatch.setattr(model._engine, "stream", lambda *a, **k: iter(note(*a, **k)[0]))
+    monkeypatch.setattr(model._engine, "generate", note)
+    monkeypatch.setattr(model, "context", 1000)
+    for template in ("chatml", "llama2"):
+        monkeypatch.setattr(model, "preset", dataclasses.replace(model.preset, template=template))
+        model.start_chat().ask("x")
+        model.generate(pictures[:1], ["x"])
+    bos = tokenizer.special("<s>")
+    assert written == [(), (), (bos,), (bos,)]
+
+
+def test_a_picture_that_does_not_fit_is_refused_and_the_conversation_goes_on(
+    model: MiniGPT4, engine: Recorder, pictures: Any
+) -> None:
+    chat = start(model, pictures[0])
+    chat.ask("First?")
+    slots = model.preset.model.num_image_tokens
+    with pytest.raises(ContextFull, match=rf"with this picture it has .* holds {CONTEXT}"):  # noqa: PT012
+        for _ in range(CONTEXT // slots):
+            chat.add_image(pictures[1])
+    shown = len(chat._conversation.pictures)
+    assert 1 < shown < CONTEXT // slots
+    chat.ask("")
+    assert engine.prompts[-1].count(IMAGE_TOKEN_ID) == shown * slots
 
 
 def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
@@ -311,7 +397,7 @@ def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
 def test_loading_says_what_is_wrong(
     tiny_params: Any, tokenizer: Tokenizer, projection_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no preset 'huge'; expected one of smol, tiny"):
+    with pytest.raises(UserError, match="no preset 'huge'; expected one of llama2-7b, smol, tiny"):
         MiniGPT4.load("huge")
     with pytest.raises(UserError, match="no weights to fetch for preset 'tiny'; expected smol"):
         MiniGPT4.load("tiny", projection=projection_file)

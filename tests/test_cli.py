@@ -132,6 +132,102 @@ def test_without_a_question_a_conversation_opens(
     assert out.splitlines()[1:] == expected
 
 
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    file = tmp_path / "another picture.png"
+    Image.fromarray(np.random.default_rng(42).integers(0, 256, (31, 22, 3), np.uint8)).save(file)
+    return file
+
+
+def test_further_pictures_are_shown_with_the_first_question(
+    picture: Path, second: Path, options: list[str], chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = ["--image", str(second), "--image", str(picture)]
+    assert cli.main(["chat", str(picture), "Compare.", *options, *shown]) == 0
+    chat.add_image(second)
+    chat.add_image(picture)
+    assert capsys.readouterr().out == chat.ask("Compare.") + "\n"
+
+
+def converse(lines: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter([*lines, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert cli.main(["chat", *arguments]) == 0
+
+
+def test_a_picture_can_be_shown_and_a_conversation_begun_again_from_the_terminal(
+    picture: Path,
+    second: Path,
+    options: list[str],
+    chat: Chat,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed = ["What is this?", f"/image {second}", "And this?", "/reset", "What is this?"]
+    converse([*typed, f"/image  '{second}' ", "And this?"], [str(picture), *options], monkeypatch)
+    out, err = capsys.readouterr()
+    first = chat.ask("What is this?")
+    chat.add_image(second)
+    both = chat.ask("And this?")
+    assert first != both
+    seen = "Seen: the next question is about it."
+    begun = "A new conversation, with the first pictures."
+    assert out.splitlines()[1:] == [first, seen, both, begun, first, seen, both]
+    assert "minigpt4:" not in err
+
+
+def test_the_terminal_shows_its_commands(
+    picture: Path,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    converse(["/help"], [str(picture), *options], monkeypatch)
+    out, err = capsys.readouterr()
+    assert err == ""
+    for command in ("/image PATH", "/reset", "/help"):
+        assert f"\n{command} " in out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/image", "no command '/image'; expected /image PATH, /reset or /help"),
+        ("/image none.png", "no picture at 'none.png'"),
+        ("/quit", "no command '/quit'"),
+        ("/reset now", "no command '/reset now'"),
+        ("/imagex a.png", "no command '/imagex a.png'"),
+    ],
+)
+def test_a_mistyped_command_is_one_message_and_the_conversation_goes_on(
+    line: str,
+    said: str,
+    picture: Path,
+    options: list[str],
+    chat: Chat,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A space makes a question of what looks like a command.
+    converse([line, " /image is what?"], [str(picture), *options], monkeypatch)
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0].startswith("minigpt4: ")
+    assert said in err.splitlines()[0]
+    assert out.splitlines()[1:] == [chat.ask("/image is what?")]
+
+
+def test_a_seed_draws_the_same_answer_again(
+    picture: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(*changed: str) -> str:
+        assert cli.main(["chat", str(picture), "What is this?", *options, *changed]) == 0
+        return capsys.readouterr().out
+
+    hot = ["--temperature", "2", "--top-k", "60", "--top-p", "0.99"]
+    assert answer(*hot, "--seed", "7") == answer(*hot, "--seed", "7")
+    assert len({answer(*hot, "--seed", "7"), answer(*hot, "--seed", "8"), answer()}) == 3
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     picture: Path,
     options: list[str],
@@ -248,6 +344,13 @@ def test_an_empty_question_is_one_message(
         (["--repetition-penalty", "-1"], "repetition_penalty is -1.0"),
         (["--context", "100000"], "context is 100000; expected at most 256"),
         (["--context", "10"], "The conversation is full"),
+        (["--temperature", "-1"], "temperature is -1.0; expected 0"),
+        (["--temperature", "1", "--top-k", "-1"], "top_k is -1; expected a whole number"),
+        (["--temperature", "1", "--top-p", "1.5"], "top_p is 1.5; expected a number above 0"),
+        (["--temperature", "1", "--seed", "-1"], "seed is -1; expected a whole number from 0"),
+        (["--top-p", "0.9"], "--top-p would change nothing: the temperature is 0"),
+        (["--top-k", "5", "--seed", "1", "--temperature", "0"], "--top-k and --seed would change"),
+        (["--image", "no such.png"], "no picture at 'no such.png'"),
         (["--preset", "huge"], "no preset 'huge'"),
         (["--projection", "none.safetensors"], "none.safetensors"),
     ],

@@ -1,8 +1,8 @@
 """How a conversation is written down for a language model: templates as data, rendered to token ids.
 
-For: the prompt formats (`CHATML`, `VICUNA_V0`, `LLAMA2`) and turning turns, questions and pictures into ids in which
-`IMAGE_TOKEN_ID` marks the places of image embeddings. Not for: keeping a dialogue (`conversation.py`), padding or
-targets (`batches.py`).
+For: the prompt formats (`CHATML`, `VICUNA_V0`, `LLAMA2`, `MINIGPT_V2`) and turning turns, questions and pictures into
+ids in which `IMAGE_TOKEN_ID` marks the places of image embeddings. Not for: keeping a dialogue (`conversation.py`),
+padding or targets (`batches.py`).
 
 Differs from the original, which builds one string and splits it at the text `<ImageHere>`: here a prompt is a list of
 pieces, so that nothing a user types can become a picture or a control token. The strings are the original's; what
@@ -12,7 +12,7 @@ lies between two pictures or control tokens is tokenised on its own, as there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +52,7 @@ class Template:
 
     name: str
     bos: str | None
-    """Control token in front of everything, in chat and in training."""
+    """Control token in front of everything, in chat and in training. The repetition penalty counts it as written."""
     system: str | None
     """System text of a conversation unless the caller gives another. Training prompts have none."""
     system_prefix: tuple[Piece, ...]
@@ -161,7 +161,16 @@ LLAMA2 = Template(
     reuse_answer_ids=False,
 )
 
-TEMPLATES: dict[str, Template] = {t.name: t for t in (CHATML, VICUNA_V0, LLAMA2)}
+# No system sentence, so two bos in a row at the start; and no space behind the role, so answers join it directly.
+MINIGPT_V2 = replace(
+    LLAMA2,
+    name="minigpt_v2",
+    system=None,
+    assistant_prefix=(" [/INST]",),
+    train_suffix=(" [/INST]",),
+)
+
+TEMPLATES: dict[str, Template] = {t.name: t for t in (CHATML, VICUNA_V0, LLAMA2, MINIGPT_V2)}
 
 
 def get_template(name: str) -> Template:

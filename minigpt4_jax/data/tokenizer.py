@@ -5,12 +5,14 @@ being generated. Not for: prompt layout (`prompts.py`), nor for making a `tokeni
 
 Differs from the original, which encodes through the slow LLaMA tokenizer of transformers: there a `<s>` or `</s>`
 inside typed text becomes the control token. Here text is always plain text, and a control token enters a prompt
-only when a template names it.
+only when a template names it. And a `$$` in an answer stays, where the original drops it with its padding.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import tokenizers
 from minigpt4_jax.config import UserError
 
 _REPLACEMENT = "\ufffd"
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _KEEP_IDS = 8  # context that a trimmed StreamDecoder keeps: more tokens than one character ever has
 _TRIM_IDS = 64
 _MAX_HELD = 16  # replacement characters held back before they count as really invalid bytes
@@ -46,6 +49,13 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         }
+        self._special_ids = frozenset(self._special.values())
+        self._byte_pieces = {
+            token_id: int(match[1], 16)
+            for token, token_id in backend.get_vocab(with_added_tokens=False).items()
+            if (match := _BYTE_PIECE.fullmatch(token))
+        }
+        """Of a sentencepiece vocabulary: the pieces that stand for one byte of what has no piece."""
         self._role_ids: dict[str, int] = {}
         for role, token in (("bos", bos_token), ("eos", eos_token), ("pad", pad_token)):
             if token is None:
@@ -107,8 +117,8 @@ class Tokenizer:
         return [list(encoding.ids) for encoding in batch]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Control tokens leave no text unless `skip_special` is false; bytes that are not UTF-8
-        become U+FFFD. Raises `ValueError` for an id outside the vocabulary."""
+        """Text of `ids`. Control tokens leave no text unless `skip_special` is false; each byte that is not UTF-8
+        becomes a U+FFFD. Raises `ValueError` for an id outside the vocabulary."""
         ids = [int(token_id) for token_id in ids]
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
@@ -116,11 +126,39 @@ class Tokenizer:
                     f"Token id {token_id} is outside the vocabulary; expected 0 to {self.vocab_size - 1}. "
                     "Image placeholders have no text: leave them out before decoding."
                 )
-        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+        if self._byte_pieces.keys().isdisjoint(ids):
+            return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+        # The library gives up a whole run of byte pieces for one bad byte in it, and a line break is a byte piece.
+        if skip_special:
+            ids = [token_id for token_id in ids if token_id not in self._special_ids]
+        pieces: list[str] = []
+        for is_bytes, run in itertools.groupby(ids, self._byte_pieces.__contains__):
+            if is_bytes:  # one character a piece, lest a text that reads <0x41> is taken for a byte
+                pieces += _decode_utf8(bytes(self._byte_pieces[token_id] for token_id in run))
+            else:
+                pieces += map(self._backend.id_to_token, run)
+        return str(self._backend.decoder.decode(pieces))
 
     def stream_decoder(self) -> StreamDecoder:
         """A new `StreamDecoder` over this tokenizer."""
         return StreamDecoder(self)
+
+
+def _decode_utf8(data: bytes) -> str:
+    """Every byte that is in no whole character becomes a U+FFFD, as in sentencepiece (Python joins some)."""
+    text, at = "", 0
+    while at < len(data):
+        for end in range(at + 1, at + 5):
+            try:
+                text += data[at:end].decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            at = end
+            break
+        else:
+            text += _REPLACEMENT
+            at += 1
+    return text
 
 
 class StreamDecoder:

@@ -48,7 +48,8 @@ def prefill(
         token_ids: right-padded; `IMAGE_TOKEN_ID` slots take the rows of `image_embeds` in order.
         image_embeds: rows beyond a prompt's placeholders are ignored.
         lengths: real tokens per row, at least 1.
-        seen: tokens that count as already written. The original's chat starts from the bos alone.
+        seen: tokens that count as already written. The original starts from the bos alone.
+        sampling: with one seed per row, where tokens are drawn.
 
     Returns:
         The state after the first token, and the logits it was chosen from (before the penalty).
@@ -95,6 +96,6 @@ def _advance(
     caches: KVCache,
     sampling: Sampling,
 ) -> DecodeState:
-    token = choose(logits, seen, sampling=sampling)
+    token = choose(logits, seen, position, sampling=sampling)
     seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
     return DecodeState(token=token, position=position, seen=seen, caches=caches)

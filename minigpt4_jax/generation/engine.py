@@ -1,8 +1,9 @@
 """The engine: holds the parameters and the compiled functions, and runs generations. Ids in, ids out.
 
-Prompts are padded to a few lengths (buckets), so that after the first answer of a bucket nothing is compiled again.
-Simple on purpose: one generation at a time, over one or several rows. Slots and continuous batching come later, behind
-the same `prefill` and `decode_step`.
+Prompts are padded to a few lengths (buckets), so that after the first answer of a bucket nothing is compiled again,
+however many pictures a prompt shows and however its tokens are drawn; greedy and drawn answers are two programs. Simple
+on purpose: one generation at a time, over one or several rows. Slots and continuous batching come later, behind the
+same `prefill` and `decode_step`.
 """
 
 from __future__ import annotations
@@ -52,15 +53,9 @@ class Engine:
             jnp.asarray, convert_layout(params, DISK, DECODE, llama=config.llama)
         )
         self._model = make_model(config, layout=DECODE, dtype=dtype)
-        self._prefill = jax.jit(
-            functools.partial(prefill, model=self._model),
-            static_argnames="sampling",
-            donate_argnums=1,
-        )
+        self._prefill = jax.jit(functools.partial(prefill, model=self._model), donate_argnums=1)
         self._decode_step = jax.jit(
-            functools.partial(decode_step, model=self._model),
-            static_argnames="sampling",
-            donate_argnums=1,
+            functools.partial(decode_step, model=self._model), donate_argnums=1
         )
         self._encode = jax.jit(
             lambda params, images: apply_method(self._model, params, "encode_images", images)
@@ -82,17 +77,21 @@ class Engine:
         max_new_tokens: int,
         stop_tokens: Collection[int],
         sampling: Sampling,
+        written: Collection[int] = (),
     ) -> Iterator[int]:
         """Yields the ids of one answer as they are chosen, the stop token included if one ends it.
 
         Args:
             token_ids: the prompt; each `IMAGE_TOKEN_ID` takes the next row of `image_embeds`.
             image_embeds: embeddings of all pictures of the prompt, joined.
+            sampling: with one seed per prompt, where tokens are drawn.
+            written: ids that the repetition penalty counts as written before the answer. Never the prompt's.
 
         Raises:
-            ValueError: placeholders and image embeddings do not match, or prompt plus answer exceed the context.
+            ValueError: placeholders and image embeddings do not match, prompt plus answer exceed the context, or
+                prompts and seeds differ in number.
         """
-        for tokens in self._run([token_ids], [image_embeds], max_new_tokens, sampling):
+        for tokens in self._run([token_ids], [image_embeds], max_new_tokens, sampling, written):
             token = int(tokens[0])
             yield token
             if token in stop_tokens:
@@ -106,11 +105,12 @@ class Engine:
         max_new_tokens: int,
         stop_tokens: Collection[int],
         sampling: Sampling,
+        written: Collection[int] = (),
     ) -> list[list[int]]:
         """Several answers at once, one row each; a stop token ends its row and is included. Raises as `stream`."""
         answers: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
-        for tokens in self._run(prompts, image_embeds, max_new_tokens, sampling):
+        for tokens in self._run(prompts, image_embeds, max_new_tokens, sampling, written):
             for row in sorted(open_rows):
                 answers[row].append(int(tokens[row]))
                 if tokens[row] in stop_tokens:
@@ -125,15 +125,22 @@ class Engine:
         image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
         max_new_tokens: int,
         sampling: Sampling,
+        written: Collection[int],
     ) -> Iterator[Int[np.ndarray, " B"]]:
         """Yields one token per row and step, for exactly `max_new_tokens` steps unless the caller stops."""
-        token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
-        images = self._pad_images(prompts, image_embeds)
         batch = len(prompts)
+        if sampling.draw is not None and len(sampling.draw.seeds) != batch:
+            raise ValueError(
+                f"There are {batch} prompts and {len(sampling.draw.seeds)} seeds; expected one seed per prompt."
+            )
+        token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
+        images = self._pad_images(prompts, image_embeds, length=token_ids.shape[1])
         caches = self._free_caches.pop(batch, None) or init_cache(
             self.config.llama, batch, num_slots=self.context, dtype=self._dtype
         )
-        seen = jnp.zeros((batch, self.config.llama.vocab_size), bool)
+        seen = np.zeros((batch, self.config.llama.vocab_size), bool)
+        seen[:, list(written)] = True
+        sampling = jax.device_put(sampling)  # once, and not at every step
         state: DecodeState
         state, _ = self._prefill(
             self._params, caches, token_ids, images, lengths, seen, sampling=sampling
@@ -170,8 +177,11 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
-    ) -> Float[Array, "B R D"]:
-        width, unit = self.config.llama.width, self.config.num_image_tokens
+        *,
+        length: int,
+    ) -> Float[Array, "B {length} D"]:
+        """As many rows as the bucket has tokens: any number of pictures fits, and none makes a new shape."""
+        width = self.config.llama.width
         rows = [np.zeros((0, width), np.float32) if e is None else e for e in image_embeds]
         for number, (prompt, embeds) in enumerate(zip(prompts, rows, strict=True)):
             slots = sum(token == IMAGE_TOKEN_ID for token in prompt)
@@ -179,8 +189,7 @@ class Engine:
                 raise ValueError(
                     f"Prompt {number} has {slots} image slots and {len(embeds)} image embeddings; expected as many."
                 )
-        most = max(unit, *(len(embeds) for embeds in rows))
-        padded = np.zeros((len(rows), most, width), np.float32)
+        padded = np.zeros((len(rows), length, width), np.float32)
         for number, embeds in enumerate(rows):
             padded[number, : len(embeds)] = embeds
         return jnp.asarray(padded)

@@ -10,6 +10,7 @@ from minigpt4_jax.config import IMAGE_TOKEN_ID, UserError
 from minigpt4_jax.data.prompts import (
     CHATML,
     LLAMA2,
+    MINIGPT_V2,
     TEMPLATES,
     VICUNA_V0,
     Generated,
@@ -73,12 +74,21 @@ def test_llama2_dialogue_is_the_originals() -> None:
     )
 
 
+def test_minigpt_v2_dialogue_is_the_originals() -> None:
+    # No system sentence, and no space before an answer.
+    assert dialogue(MINIGPT_V2) == (
+        "<s>[INST] <Img><ImageHere></Img> What is this? [/INST]A small dog."
+        "<s>[INST] What colour is it? [/INST]"
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
         (CHATML, "<|im_start|>user\n<ImageHere>Why?<|im_end|>\n<|im_start|>assistant\n"),
         (VICUNA_V0, "###Human: <Img><ImageHere></Img> Why? ###Assistant: "),
         (LLAMA2, "[INST] <Img><ImageHere></Img> Why? [/INST] "),
+        (MINIGPT_V2, "[INST] <Img><ImageHere></Img> Why? [/INST]"),
     ],
     ids=lambda value: value.name if isinstance(value, Template) else "",
 )
@@ -134,6 +144,7 @@ def test_end_symbols_follow_the_answer(tokenizer: Tokenizer) -> None:
         "chatml": [tokenizer.special("<|im_end|>")],
         "vicuna_v0": tokenizer.encode("###"),
         "llama2": [tokenizer.special("</s>")],
+        "minigpt_v2": [tokenizer.special("</s>")],
     }
     for name, template in TEMPLATES.items():
         assert encode_answer(template, "Yes.", tokenizer=tokenizer) == answer + ends[name]
@@ -167,7 +178,7 @@ def test_a_template_for_another_tokenizer_is_refused(tokenizer: Tokenizer) -> No
 
 def test_unknown_templates_are_answered_with_the_known_ones() -> None:
     assert get_template("chatml") is CHATML
-    with pytest.raises(UserError, match="one of chatml, llama2, vicuna_v0"):
+    with pytest.raises(UserError, match="one of chatml, llama2, minigpt_v2, vicuna_v0"):
         get_template("alpaca")
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
@@ -107,6 +108,65 @@ def test_bytes_that_are_no_text_are_not_held_back_for_ever(tokenizer: Tokenizer)
     pieces = [decoder.feed(stray) for _ in range(40)]
     assert "".join(pieces)
     assert "".join(pieces) + decoder.flush() == "\ufffd" * 40
+
+
+def sentencepiece_like() -> Tokenizer:
+    """A vocabulary with byte pieces, as LLaMA's: what has no piece of its own is spelled in bytes, line breaks too."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *[f"<0x{byte:02X}>" for byte in range(256)],
+        "\u2581",
+        "a",
+        "b",
+    ]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True
+        )
+    )
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(pieces[:3])
+    return Tokenizer(backend, bos_token="<s>", eos_token="</s>", pad_token=None)
+
+
+def test_byte_pieces_spell_what_has_no_piece() -> None:
+    tokenizer = sentencepiece_like()
+    for text in ("a\nb", "\n", "a 日 b😀", "<0x41>", "é"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([1, *ids, 2]) == text
+        decoder = tokenizer.stream_decoder()
+        pieces = [decoder.feed(token_id) for token_id in ids]
+        assert "\ufffd" not in "".join(pieces)
+        assert "".join(pieces) + decoder.flush() == text
+    assert tokenizer.decode([1, *tokenizer.encode("\n")], skip_special=False).startswith("<s>")
+
+
+def test_a_bad_byte_spoils_only_itself() -> None:
+    tokenizer = sentencepiece_like()
+    byte = {value: 3 + value for value in range(256)}
+    line, whole, cut = (
+        byte[10],
+        [byte[x] for x in "日".encode()],
+        [byte[x] for x in "日".encode()[:2]],
+    )
+    a = tokenizer.encode("a")[-1]
+    assert tokenizer.decode([a, line, byte[0xFF], *whole, line]) == "a\n\ufffd日\n"
+    # Two bytes of three are two bad bytes; a control token between bytes leaves no mark.
+    assert tokenizer.decode([*cut, a]) == "\ufffd\ufffda"
+    assert tokenizer.decode([line, tokenizer.eos_id, byte[0xC3]]) == "\n\ufffd"
 
 
 def test_roles_come_from_the_config_beside_the_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
-from minigpt4_jax.generation.sampling import GREEDY, Sampling
+from minigpt4_jax.generation.sampling import GREEDY, Sampling, keep_likely, make_sampling
 from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import make_model
@@ -28,10 +28,10 @@ def decode(tiny_params: Any, tiny_config: ModelConfig) -> Any:
     params = convert_layout(tiny_params, DISK, DECODE, llama=tiny_config.llama)
     model = make_model(tiny_config, layout=DECODE, dtype=jnp.float32)
     vocab = tiny_config.llama.vocab_size
-    first = jax.jit(functools.partial(prefill, model=model), static_argnames="sampling")
-    step = jax.jit(functools.partial(decode_step, model=model), static_argnames="sampling")
+    first = jax.jit(functools.partial(prefill, model=model))
+    step = jax.jit(functools.partial(decode_step, model=model))
 
-    def run(prompts: Any, sampling: Sampling, *, dirt: float = 0.0) -> Any:
+    def run(prompts: Any, sampling: Sampling, *, dirt: float = 0.0, written: Any = False) -> Any:
         token_ids = np.zeros((len(prompts), PADDED), np.int32)
         images = np.zeros((len(prompts), 8, tiny_config.llama.width), np.float32)
         for row, (ids, embeds) in enumerate(prompts):
@@ -43,7 +43,8 @@ def decode(tiny_params: Any, tiny_config: ModelConfig) -> Any:
             jnp.asarray(token_ids),
             jnp.asarray(images),
             jnp.asarray([len(ids) for ids, _ in prompts], jnp.int32),
-            jnp.zeros((len(prompts), vocab), bool),
+            jnp.zeros((len(prompts), vocab), bool)
+            | jnp.broadcast_to(written, (len(prompts), vocab)),
             sampling=sampling,
         )
         states: list[DecodeState] = [state]
@@ -88,7 +89,7 @@ def test_the_repetition_penalty_counts_every_token_of_the_answer(
     decode: Any, prompts: Any, full_logits: Any
 ) -> None:
     penalty = 1.5
-    tokens, logits = decode(prompts, Sampling(repetition_penalty=penalty))
+    tokens, logits = decode(prompts, make_sampling(repetition_penalty=penalty))
     greedy, _ = decode(prompts, GREEDY)
     for row, (ids, embeds) in enumerate(prompts):
         written: list[int] = []
@@ -103,6 +104,32 @@ def test_the_repetition_penalty_counts_every_token_of_the_answer(
             written.append(int(plain.argmax()))
         np.testing.assert_array_equal(tokens[row], written)
     assert (tokens != greedy).any(), "the penalty changed nothing here; the test shows nothing"
+
+
+def test_a_penalty_starts_from_what_counts_as_written(decode: Any, prompts: Any) -> None:
+    greedy, logits = decode(prompts, GREEDY)
+    best = greedy[0, 0]
+    written = np.arange(logits.shape[-1]) == best
+    penalized, _ = decode(prompts[:1], make_sampling(repetition_penalty=1e6), written=written)
+    assert logits[0, 0, best] > 0
+    assert penalized[0, 0] != best
+
+
+def test_a_drawn_answer_is_the_draw_from_the_full_forward(
+    decode: Any, prompts: Any, full_logits: Any
+) -> None:
+    seeds = [7, 8, 9, 2**32 - 1]
+    knobs: dict[str, Any] = {"temperature": 1.7, "top_k": 40, "top_p": 0.95}
+    tokens, _ = decode(prompts, make_sampling(**knobs, seeds=seeds))
+    greedy, _ = decode(prompts, GREEDY)
+    assert (tokens != greedy).mean() > 0.5, "nothing was drawn; the test shows nothing"
+    for row, (ids, embeds) in enumerate(prompts):
+        whole = full_logits([*ids, *tokens[row]], embeds)[len(ids) - 1 : -1]
+        for step, logits in enumerate(whole):
+            likely = keep_likely(jnp.asarray(logits[None]) / 1.7, top_k=40, top_p=0.95)[0]
+            # The place where the token will stand, whatever the padding.
+            key = jax.random.fold_in(jax.random.key(seeds[row]), len(ids) + step)
+            assert tokens[row, step] == jax.random.categorical(key, likely)
 
 
 def test_image_embeddings_reach_the_answer(decode: Any, prompts: Any) -> None:

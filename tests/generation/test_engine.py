@@ -15,7 +15,7 @@ import pytest
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import GREEDY, Sampling
+from minigpt4_jax.generation.sampling import GREEDY, Sampling, make_sampling
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import make_model
 
@@ -91,9 +91,63 @@ def test_one_token_can_be_asked_for(engine: Engine, prompts: Any, answers: Any) 
 
 
 def test_the_penalty_is_part_of_the_call(engine: Engine, prompts: Any, answers: Any) -> None:
-    penalized = [answer(engine, p, sampling=Sampling(repetition_penalty=1.5)) for p in prompts]
+    penalty = make_sampling(repetition_penalty=1.5)
+    penalized = [answer(engine, prompt, sampling=penalty) for prompt in prompts]
     assert penalized != answers
     assert [answer(engine, prompt) for prompt in prompts] == answers
+
+
+def test_what_counts_as_written_is_penalized_from_the_first_token(
+    engine: Engine, prompts: Any, answers: Any
+) -> None:
+    first = answers[0][0]
+    penalty = make_sampling(repetition_penalty=1e6)
+    assert answer(engine, prompts[0], steps=1, sampling=penalty) == [first]
+    assert answer(engine, prompts[0], steps=1, sampling=penalty, written=[first]) != [first]
+    assert answer(engine, prompts[0], steps=1, sampling=penalty, written=[first ^ 1]) == [first]
+
+
+# --- chance ---
+
+
+def drawn(*seeds: int, **changes: Any) -> Sampling:
+    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 100, "top_p": 0.98, **changes}
+    return make_sampling(**settings, seeds=seeds)
+
+
+def test_the_same_seed_gives_the_same_answer_whatever_the_batch(
+    engine: Engine, prompts: Any, answers: Any
+) -> None:
+    seeds = [3, 3, 2**32 - 1, 0]
+    alone = [
+        answer(engine, prompt, sampling=drawn(seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert alone != answers
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0]):
+        found = engine.generate(
+            [prompts[row][0] for row in order],
+            [prompts[row][1] for row in order],
+            max_new_tokens=10,
+            stop_tokens=NEVER,
+            sampling=drawn(*[seeds[row] for row in order]),
+        )
+        assert found == [alone[row] for row in order]
+
+
+def test_another_seed_gives_another_answer(engine: Engine, prompts: Any) -> None:
+    found = {tuple(answer(engine, prompts[0], sampling=drawn(seed))) for seed in range(5)}
+    assert len(found) == 5
+
+
+def test_a_draw_from_one_token_is_greedy(engine: Engine, prompts: Any, answers: Any) -> None:
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.01}):
+        assert answer(engine, prompts[0], sampling=drawn(5, **narrow)) == answers[0]
+
+
+def test_every_row_needs_a_seed(engine: Engine, prompts: Any) -> None:
+    with pytest.raises(ValueError, match="There are 1 prompts and 2 seeds; expected one seed per"):
+        answer(engine, prompts[0], sampling=drawn(1, 2))
 
 
 # --- compiling, memory ---
@@ -141,6 +195,45 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
     compiles.clear()
     answer(fresh, (longer[0] + [3] * 2, longer[1]), steps=2)
     answer(fresh, none)
+    assert compiles == []
+
+
+def test_nothing_compiles_for_further_pictures(
+    tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
+) -> None:
+    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    slots = tiny_config.num_image_tokens
+    pixels = np.zeros((1, *[tiny_config.vit.image_size] * 2, 3), np.float32)
+    shown = [fresh.encode_images(pixels)[0]]
+    answer(fresh, prompts[2])  # not one picture yet
+    assert compiles
+    compiles.clear()
+    most = 64 // slots
+    for pictures in (1, 2, 3, most):
+        shown += [fresh.encode_images(pixels)[0]] * (pictures - len(shown))
+        ids = [*[IMAGE_TOKEN_ID] * (slots * pictures), 5][:64]
+        answer(fresh, (ids, np.concatenate(shown)[: ids.count(IMAGE_TOKEN_ID)]), steps=3)
+    assert compiles == []
+
+
+def test_nothing_compiles_for_other_settings_of_an_answer(
+    tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
+) -> None:
+    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    answer(fresh, prompts[0], sampling=drawn(0))
+    answer(fresh, prompts[0], sampling=GREEDY)
+    assert compiles, "the listener hears nothing; the test shows nothing"
+    compiles.clear()
+    for changed in (
+        {"temperature": 0.3},
+        {"temperature": 2.0},
+        {"top_k": 0},
+        {"top_k": 7, "top_p": 0.1},
+        {"top_p": 1.0},
+        {"repetition_penalty": 1.3},
+    ):
+        answer(fresh, prompts[0], sampling=drawn(9, **changed), written=[1])
+    answer(fresh, prompts[0], sampling=make_sampling(repetition_penalty=2.0), steps=4)
     assert compiles == []
 
 

@@ -3,7 +3,8 @@
 A golden set is a folder of numbers that the original PyTorch code produced with tiny random weights. The tests here
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
 `test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the composition without a Q-Former,
-`test_golden_images.py` picture files and what the image processors make of them.
+`test_golden_chat.py` conversations with it, `test_golden_images.py` picture files and what the image processors make
+of them, `test_golden_text.py` and `test_golden_text_tokenizer.py` what happens to text on its way in and out.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -28,6 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from sentencepiece import SentencePieceProcessor
 
 from convert.eva_vit import eva_config, eva_excuses, eva_rules
 from convert.llama import hf_config, hf_excuses, hf_rules
@@ -35,6 +38,7 @@ from convert.projection import read_projection
 from convert.rules import Conversion, convert
 from convert.sources import open_source
 from minigpt4_jax.config import ModelConfig, VitConfig
+from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
 from minigpt4_jax.presets import PRESETS
 
@@ -115,6 +119,53 @@ class GoldenSet:
             target=abstract_params(model)["llama"],
         )
         return model, {"llama": conversion.params}
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """The sentencepiece model of a Hugging Face folder behind this project's `Tokenizer`.
+
+        Built here, for tests: the LLaMA tokenizer that users have comes with the conversion of published weights.
+        Two pieces merge when their joint piece is in the vocabulary, the one with the highest score first.
+        """
+        spm = SentencePieceProcessor(model_file=str(self.folder / name / "tokenizer.model"))
+        ids = range(spm.get_piece_size())
+        vocabulary = {spm.id_to_piece(i): i for i in ids}
+        special = [i for i in ids if spm.is_control(i) or spm.is_unknown(i)]
+        merges = [
+            (-spm.get_score(i), vocabulary[piece[:at]], vocabulary[piece[at:]], piece, at)
+            for piece, i in vocabulary.items()
+            if i not in special and not spm.is_byte(i)
+            for at in range(1, len(piece))
+            if piece[:at] in vocabulary and piece[at:] in vocabulary
+        ]
+        backend = tokenizers.Tokenizer(
+            tokenizers.models.BPE(
+                vocab=vocabulary,
+                merges=[(piece[:at], piece[at:]) for *_, piece, at in sorted(merges)],
+                unk_token=spm.id_to_piece(spm.unk_id()),
+                fuse_unk=True,
+                byte_fallback=True,
+            )
+        )
+        normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        backend.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        backend.add_special_tokens(
+            [
+                tokenizers.AddedToken(spm.id_to_piece(i), special=True, normalized=False)
+                for i in special
+            ]
+        )
+        bos, eos = spm.id_to_piece(spm.bos_id()), spm.id_to_piece(spm.eos_id())
+        return Tokenizer(backend, bos_token=bos, eos_token=eos, pad_token="$$")
 
     def special_ids(self, name: str) -> dict[str, int]:
         """`bos`, `eos` and `pad` as the Hugging Face folder says."""
@@ -278,6 +329,38 @@ def picture_differences() -> list[tuple[str, str]]:
     ]
 
 
+def chat_cases() -> list[str]:
+    """Conversations of several turns, drawn from the likeliest token alone."""
+    return [
+        name
+        for name, case in noqf_cases().items()
+        if "turns" in case and GOLDEN.has(f"{NOQF}/{name}.npz")
+    ]
+
+
+def dialogue_cases() -> list[tuple[str, str]]:
+    """(format, dialogue) of every recorded conversation of strings."""
+    file = "text/conversations.json"
+    formats = GOLDEN.report(file) if GOLDEN.has(file) else {}
+    return [
+        (name, dialogue)
+        for name, record in formats.items()
+        if "dialogues" in record
+        for dialogue in record["dialogues"]
+    ]
+
+
+def logits_cases() -> list[str]:
+    file = "text/logits_processing.json"
+    cases = GOLDEN.report(file)["cases"] if GOLDEN.has(file) else []
+    return [f"case{number}" for number in range(len(cases))]
+
+
+def text_files(*names: str) -> list[str]:
+    """Those of `names` that the set holds in `text/`."""
+    return [name for name in names if GOLDEN.has(f"text/{name}")]
+
+
 def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
 
@@ -297,6 +380,13 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "resized_picture": lambda: picture_arrays("resized_u8_"),
     "processed_picture": lambda: picture_arrays("eval_"),
     "picture_difference": picture_differences,
+    "chat_case": chat_cases,
+    "dialogue_case": dialogue_cases,
+    "logits_case": logits_cases,
+    "conversations_file": lambda: text_files("conversations.json"),
+    "postprocess_file": lambda: text_files("postprocess.json"),
+    "stopping_file": lambda: text_files("stopping.json"),
+    "tokenizer_file": lambda: text_files("tokenizer_cases.json"),
 }
 
 NOT_HELD = object()

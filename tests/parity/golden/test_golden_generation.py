@@ -18,7 +18,7 @@ import numpy as np
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import GREEDY, Sampling, penalize_repetition
+from minigpt4_jax.generation.sampling import GREEDY, make_sampling, penalize_repetition
 from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
@@ -52,27 +52,28 @@ def generate(
         images[row, : len(image_embeds[row])] = image_embeds[row]
         written[row, seen[row]] = True
     caches = init_cache(config.llama, batch, num_slots=longest + max_new_tokens, dtype=jnp.float32)
-    first, following = compiled(config, Sampling(repetition_penalty=penalty))
+    first, following = compiled(config)
+    sampling = make_sampling(repetition_penalty=penalty)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     params = convert_layout(params, DISK, DECODE, llama=config.llama)
     state: DecodeState
     before = jnp.asarray(written)
-    state, logits = first(params, caches, token_ids, images, lengths, before)
+    state, logits = first(params, caches, token_ids, images, lengths, before, sampling=sampling)
     tokens, scores = [state.token], [penalize_repetition(logits, before, penalty=penalty)]
     for _ in range(max_new_tokens - 1):
         before = state.seen
-        state, logits = following(params, state)
+        state, logits = following(params, state, sampling=sampling)
         tokens.append(state.token)
         scores.append(penalize_repetition(logits, before, penalty=penalty))
     return np.stack(tokens, axis=1), np.stack(scores, axis=1)
 
 
 @functools.cache
-def compiled(config: ModelConfig, sampling: Sampling) -> tuple[Any, Any]:
+def compiled(config: ModelConfig) -> tuple[Any, Any]:
     model = make_model(config, layout=DECODE, dtype=jnp.float32)
     return (
-        jax.jit(functools.partial(prefill, model=model, sampling=sampling)),
-        jax.jit(functools.partial(decode_step, model=model, sampling=sampling)),
+        jax.jit(functools.partial(prefill, model=model)),
+        jax.jit(functools.partial(decode_step, model=model)),
     )
 
 
@@ -185,6 +186,19 @@ def test_golden_minigpt4_greedy_answers(golden: Any, answer_case: tuple[str, str
     np.testing.assert_array_equal(
         np.concatenate([bos, answers], axis=1), held[f"{case}__output_ids"]
     )
+    # The engine, which is told what counts as written, says the same up to each row's end.
+    longest = max(map(len, prompts)) + knobs["max_new_tokens"]
+    found = Engine(params, config, dtype=jnp.float32, context=longest).generate(
+        [[int(token) for token in prompt] for prompt in prompts],
+        list(np.asarray(images)),
+        max_new_tokens=knobs["max_new_tokens"],
+        stop_tokens={special["eos"]},
+        sampling=make_sampling(repetition_penalty=float(knobs["repetition_penalty"])),
+        written=[special["bos"]],
+    )
+    for answer, row in zip(found, answers, strict=True):
+        filled = [*answer, *[special["pad"]] * (len(row) - len(answer))]
+        np.testing.assert_array_equal(filled, row)
 
 
 def read_ids(embeds: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -41,7 +41,12 @@ class CheckpointError(UserError):
 def leaf_names(tree: Tree) -> dict[str, Any]:
     """Every leaf under its path, joined with `/`: `llama/layers/0/mlp/up_proj/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(_key_name(key) for key in path): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as one text: `llama/layers/0/mlp/up_proj/kernel`."""
+    return "/".join(_key_name(key) for key in path)
 
 
 def compare_trees(actual: Tree, expected: Tree, *, check_dtypes: bool = True) -> list[str]:
@@ -162,7 +167,7 @@ def load_params(
     targets = jax.tree_util.tree_map_with_path(
         lambda keys, leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape,
-            _read_dtype(stored_dtypes["/".join(_key_name(key) for key in keys)], dtype),
+            _read_dtype(stored_dtypes[path_name(keys)], dtype),
             sharding=sharding,
         ),
         abstract,
@@ -316,6 +321,18 @@ class TrainCheckpoints:
                 meta=ocp.args.JsonSave(meta),
             ),
         )
+
+    def latest_meta(self) -> dict[str, Any] | None:
+        """The `meta` of the newest complete step, read without its arrays; None in a fresh run."""
+        step = self.latest_step
+        if step is None:
+            return None
+        with _readable(self._folder / str(step)):
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )
+        meta: dict[str, Any] = found["meta"]
+        return meta
 
     def restore_latest(self, abstract: Tree) -> Restored | None:
         """The newest complete step, or None in a fresh run.

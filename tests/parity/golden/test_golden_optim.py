@@ -38,17 +38,16 @@ def optimizer_config(run: dict[str, Any], *, epoch: int | None = None) -> Optimi
     steps = run.get("iters_per_epoch", epoch)
     decay = run.get("lr_decay_rate", run.get("decay_rate"))
     default = "linear_warmup_cosine_lr" if decay is None else "linear_warmup_step_lr"
+    rates = ("init_lr", "min_lr", "warmup_lr")
     return OptimizerConfig(
         lr_sched=run.get("lr_sched", default),
-        init_lr=run["init_lr"],
-        min_lr=run["min_lr"],
-        warmup_lr=run["warmup_lr"],
+        **{name: float(run[name]) for name in rates},
         warmup_steps=run["warmup_steps"],
         iters_per_epoch=steps,
         max_steps=steps * run.get("max_epoch", 1),
-        lr_decay_rate=1.0 if decay is None else decay,
-        weight_decay=run.get("weight_decay", 0.0),
-        beta2=run.get("beta2", 0.999),
+        lr_decay_rate=1.0 if decay is None else float(decay),
+        weight_decay=float(run.get("weight_decay", 0)),
+        beta2=float(run.get("beta2", 0.999)),
         accum_grad_iters=run.get("accum_grad_iters", 1),
         accum_grads="sum",
     )
@@ -179,14 +178,14 @@ def test_golden_first_update_of_a_run(golden: Any, projection_run_case: str) -> 
 
 
 def known_ids(golden: Any) -> dict[str, list[int]]:
-    """Text -> ids, from what the original embedded in the forwards of MiniGPT-v2: prompt segments and answers.
+    """Text -> ids, from what the original embedded in the forwards of MiniGPT-v2 with pictures: segments and answers.
 
     An answer's ids have their end symbol and are cut as they were; padding behind them is taken off.
     """
     known: dict[str, list[int]] = {}
     for case in golden.report("minigptv2/cases.json").values():
-        texts = case.get("prompts_given_to_prompt_wrap")
-        if not isinstance(texts, list) or "answer" not in case:
+        texts = case.get("prompts_given_to_prompt_wrap", [])
+        if "answer" not in case or not all(PLACEHOLDER in text for text in texts):
             continue
         recorded = iter(case["embedded_id_sequences_in_order"])
         segments = [segment for text in texts for segment in text.split(PLACEHOLDER)]

@@ -51,7 +51,12 @@ class CheckpointError(UserError):
 def leaf_names(tree: Tree) -> dict[str, Any]:
     """Every leaf under its path, joined with `/`: `llama/layers/0/mlp/up_proj/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(_key_name(key) for key in path): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as one text: `llama/layers/0/mlp/up_proj/kernel`."""
+    return "/".join(_key_name(key) for key in path)
 
 
 def compare_trees(actual: Tree, expected: Tree, *, check_dtypes: bool = True) -> list[str]:
@@ -186,7 +191,7 @@ def load_params(
     targets = jax.tree_util.tree_map_with_path(
         lambda keys, leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape,
-            _read_dtype(stored_dtypes["/".join(_key_name(key) for key in keys)], dtype),
+            _read_dtype(stored_dtypes[path_name(keys)], dtype),
             sharding=sharding,
         ),
         abstract,

@@ -9,14 +9,13 @@ unknown key is an error.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_origin
+
+from minigpt4_jax.schema import hint_of, leaves, nest, suggest, type_name
 
 IMAGE_TOKEN_ID = -1
 """The id that stands for one image token in a prompt. No vocabulary has it, so typed text can never become it."""
@@ -155,24 +154,44 @@ class ModelConfig:
         return self.vit.width * self.patches_per_token
 
 
+PROMPTS = ("What is this?",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run reads, and in which words the picture is asked about."""
 
     folder: str = ""
     """A folder in the `cc_sbu_align` format: `filter_cap.json` and `image/{image_id}.jpg`."""
-    prompts: tuple[str, ...] = ("What is this?",)
-    """One is drawn per sample (seeded by its index) where the annotation brings no prompt of its own."""
+    prompts: tuple[str, ...] = PROMPTS
+    """One is drawn per sample (seeded by its index) where the annotation brings no prompt of its own. An empty list is
+    the original's first stage: no prompt, not even the template's, only bos, picture and caption."""
+    prompt_path: str = ""
+    """A file of prompts instead, one a line, as the original's `prompts/alignment.txt`."""
     template: str = "chatml"
+    end_sym: str = ""
+    """After every answer: a control token by its spelling, or text. Empty: the template's own."""
     batch_size: int = 32
     length_multiple: int = 8
     """Sequences are padded up to a multiple of this, so that a run compiles only a few shapes."""
     max_text_len: int = 160
     """Longest answer in tokens, end symbol included. A longer one is an error that names the sample."""
+    max_context_len: int = 3800
+    """Longest prompt in tokens, its picture included, bos not. A longer one is an error that shows it."""
+    truncate: bool = False
+    """Cut what is too long on its right instead, as the original does; the run says how much. A cut answer has no end
+    symbol, a cut prompt can lose its picture."""
+    mask_pad_token: bool = False
+    """The tokenizer's pad token counts nothing in the loss even inside an answer: the original does so with `$$`."""
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "length_multiple", "max_text_len")
+        _require_positive(self, "batch_size", "length_multiple", "max_text_len", "max_context_len")
+        if self.prompt_path and self.prompts != PROMPTS:
+            raise UserError(
+                f"data.prompt_path is {self.prompt_path!r} and data.prompts is {list(self.prompts)}; expected one of "
+                "the two. Remove the other."
+            )
 
 
 OPTIMIZERS = ("adamw", "muon")
@@ -180,16 +199,34 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon, linear warm-up and cosine decay (Loshchilov & Hutter, arXiv 1711.05101 and 1608.03983)."""
+    """AdamW or Muon (training/optimizer.py), and how the learning rate goes. One step is one batch.
+
+    The defaults are the sane forms; docs/differences.md says which values give the original's, quirk for quirk.
+    """
 
     name: str = "adamw"
     """`adamw`, as the original, or `muon` (see training/optimizer.py)."""
+    lr_sched: Literal[
+        "warmup_cosine", "warmup_step", "linear_warmup_cosine_lr", "linear_warmup_step_lr"
+    ] = "warmup_cosine"
+    """The first two warm up once and start to fall where the warm-up ends; the last two are the original's."""
     init_lr: float = 1e-3
     """Learning rate at the end of the warm-up."""
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
+    """Learning rate of the first step. Below 0: `init_lr`, so that there is no warm-up."""
     warmup_steps: int = 100
     max_steps: int = 1000
+    """Batches in the whole run: the original's `max_epoch * iters_per_epoch`."""
+    iters_per_epoch: int = 0
+    """Steps that count as an epoch where a schedule or the original's accumulation asks for one. 0: the whole run."""
+    lr_decay_rate: float = 1.0
+    """What the `step` schedules multiply the rate with after each epoch."""
+    accum_grad_iters: int = 1
+    """Batches per update of the projection."""
+    accum_grads: Literal["mean", "sum"] = "mean"
+    """`mean`: over all counted tokens of these batches, as if they were one. `sum`: of the batches' own means, counted
+    within an epoch, what is left over kept for the next: as the original."""
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.999
@@ -201,11 +238,31 @@ class OptimizerConfig:
             raise UserError(
                 f"optimizer.name is {self.name!r}; expected one of {', '.join(OPTIMIZERS)}."
             )
-        _require_positive(self, "init_lr", "max_steps", "eps")
-        if not 0 <= self.warmup_steps <= self.max_steps:
+        _require_positive(self, "init_lr", "max_steps", "eps", "lr_decay_rate", "accum_grad_iters")
+        original = self.lr_sched.startswith("linear_")  # its runs may end within the warm-up
+        if not 0 <= self.warmup_steps <= (self.warmup_steps if original else self.max_steps):
             raise UserError(
                 f"optimizer.warmup_steps is {self.warmup_steps}; expected 0 to max_steps ({self.max_steps})."
             )
+        if self.iters_per_epoch < 0:
+            raise UserError(
+                f"optimizer.iters_per_epoch is {self.iters_per_epoch}; expected the steps of an epoch, or 0."
+            )
+        if self.accum_grads == "mean" and self.max_steps % self.accum_grad_iters:
+            raise UserError(
+                f"optimizer.max_steps is {self.max_steps} and accum_grad_iters {self.accum_grad_iters}; expected a "
+                "multiple of it: the last batches would be read and never used."
+            )
+        if self.accum_grads == "sum" and self.accum_grad_iters > self.epoch_steps:
+            raise UserError(
+                f"optimizer.accum_grad_iters is {self.accum_grad_iters} in epochs of {self.epoch_steps} steps; with "
+                "accum_grads=sum no update would ever be made. Use mean, or longer epochs."
+            )
+
+    @property
+    def epoch_steps(self) -> int:
+        """Batches in an epoch."""
+        return self.iters_per_epoch or self.max_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +284,8 @@ class TrainConfig:
     """Written into the finished projection's header: the terms of what was trained."""
     attribution: str = ""
     """Written beside it: whose pictures and words it was trained on, as their licences ask."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events to `<workdir>/tensorboard` (the `tensorboard` extra)."""
     save_every: int = 200
     log_every: int = 10
     max_to_keep: int = 2
@@ -265,20 +324,20 @@ def load(
     merged = OmegaConf.structured(schema)
     problems = []
     for source, values in sources:
-        for key, value in _leaves(values, schema):
-            hint = _hint(schema, key)
+        for key, value in leaves(values, schema):
+            hint = hint_of(schema, key)
             if hint is None:
-                problems.append(f"{source}: unknown key {key!r}.{_suggest(key, schema)}")
+                problems.append(f"{source}: unknown key {key!r}.{suggest(key, schema)}")
                 continue
             try:
                 if isinstance(value, bool) and hint in (str, str | None):
                     raise ValueError
-                merged = OmegaConf.merge(merged, _nest(key, value))
+                merged = OmegaConf.merge(merged, nest(key, value))
             except (OmegaConfBaseException, ValueError, TypeError) as error:
                 # Only OmegaConf sees an unknown key inside a `dict[str, Dataclass]`.
                 detail = f" ({str(error).splitlines()[0]})" if get_origin(hint) is dict else ""
                 problems.append(
-                    f"{source}: {key} is {value!r}; expected {_type_name(hint)}.{detail}"
+                    f"{source}: {key} is {value!r}; expected {type_name(hint)}.{detail}"
                 )
     if problems:
         raise UserError("\n".join(problems))
@@ -289,7 +348,7 @@ def load(
             raise UserError(
                 "\n".join(
                     f"{where}: {key} is not set and has no default; expected "
-                    f"{_type_name(_hint(schema, key))}. Add {key}=... to the command."
+                    f"{type_name(hint_of(schema, key))}. Add {key}=... to the command."
                     for key in missing
                 )
             )
@@ -334,74 +393,3 @@ def _read_override(text: str) -> dict[str, Any]:
     except YAMLError as error:
         raise UserError(f"The value in {text!r} is not YAML; quote it. ({error})") from error
     return cast(dict[str, Any], values)
-
-
-def _leaves(values: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every entry, down to what is not a dataclass of the schema."""
-    hints = get_type_hints(schema)
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and dataclasses.is_dataclass(hints.get(str(name))):
-            yield from _leaves(value, hints[str(name)], f"{key}.")
-        else:
-            yield key, value
-
-
-def _hint(schema: Any, key: str) -> Any:
-    """The type of a dotted key, or None where the schema has no such key."""
-    hint = schema
-    for name in key.split("."):
-        if not dataclasses.is_dataclass(hint):
-            return None
-        hint = get_type_hints(hint).get(name)
-    return hint
-
-
-def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    for name, hint in get_type_hints(schema).items():
-        yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
-            yield from _known_keys(hint, f"{prefix}{name}.")
-
-
-def _suggest(key: str, schema: Any) -> str:
-    known = {full: full.rpartition(".")[2] for full in _known_keys(schema)}
-    known = {full: name for full, name in known.items() if not key.startswith(f"{full}.")}
-    last = key.rpartition(".")[2]
-    close = [full for full, name in known.items() if name == last]  # right name, wrong section
-    close += difflib.get_close_matches(key, known, n=1)
-    names = difflib.get_close_matches(last, known.values(), n=1)
-    close += [full for full, name in known.items() if name in names]
-    if close:
-        return f" Did you mean {close[0]!r}?"
-    return f" The keys here are {', '.join(get_type_hints(schema))}."
-
-
-def _nest(key: str, value: Any) -> Any:
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return value
-
-
-def _type_name(hint: Any) -> str:
-    """A type in the words of somebody who writes YAML."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint in names:
-        return names[hint]
-    if hint is type(None):
-        return "null"
-    if origin is Literal:
-        return "one of " + ", ".join(str(value) for value in arguments)
-    if origin in (Union, UnionType):
-        return " or ".join(_type_name(argument) for argument in arguments)
-    if origin is tuple:
-        items = [_type_name(argument) for argument in arguments if argument is not ...]
-        if ... in arguments:
-            return f"a list such as [a, b] whose items are {items[0]}"
-        return f"a list of {len(items)}: {', '.join(items)}"
-    if origin is dict:
-        return f"`name: value` lines whose values are {_type_name(arguments[1])}"
-    if dataclasses.is_dataclass(hint):
-        return "a section with the keys " + ", ".join(get_type_hints(hint))
-    return str(hint)

@@ -5,7 +5,8 @@ count in the loss, and padding. Not for: text (`prompts.py`), reading files (`da
 
 Differs from the original: it builds the layout from embeddings inside the model's forward and pads answers before
 they are appended; here it is ids, ready before the model is called, padded once, on the right. An answer that is too
-long is an error here; the original cuts it in silence, end symbol and all (`truncate=True` does that and says so).
+long is an error here, and so is a prompt; the original cuts both in silence, end symbol and picture and all
+(`truncate=True` does that and says how much).
 """
 
 from __future__ import annotations
@@ -103,6 +104,23 @@ def limit_answer(
             "(data.max_text_len). Raise the limit or shorten the answer."
         )
     return answer_ids[:max_text_len], cut
+
+
+def limit_prompt(
+    prompt_ids: list[int], *, num_bos: int, max_context_len: int, truncate: bool, name: str
+) -> tuple[list[int], int]:
+    """Holds a prompt to `max_context_len` tokens, its pictures included. Returns its ids and how many were cut.
+
+    As in the original (`prompt_wrap`), the `num_bos` ids in front are not counted and what is too long goes on the
+    right: the end of the question first, then the picture. Raises `UserError` naming the prompt unless `truncate`.
+    """
+    cut = max(0, len(prompt_ids) - num_bos - max_context_len)
+    if cut and not truncate:
+        raise UserError(
+            f"The {name} has {len(prompt_ids) - num_bos} tokens with its picture; expected at most {max_context_len} "
+            "(data.max_context_len). Raise the limit or shorten the prompt."
+        )
+    return prompt_ids[: num_bos + max_context_len], cut
 
 
 def make_example_tokens(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.data.batches import Batch, collate, join_example, limit_answer
+from minigpt4_jax.data.batches import Batch, collate, join_example, limit_answer, limit_prompt
 from minigpt4_jax.data.prompts import (
     Piece,
     Template,
@@ -181,13 +181,20 @@ class Pipeline:
     """
 
     def __init__(
-        self, dataset: grain.IterDataset[Batch], *, batches_per_epoch: float, cut_answers: int
+        self,
+        dataset: grain.IterDataset[Batch],
+        *,
+        batches_per_epoch: float,
+        cut_answers: int,
+        cut_prompts: int,
     ):
         self._iterator = iter(dataset)
         self.batches_per_epoch = batches_per_epoch
         """Batches until every example was seen once; epochs follow each other without a short batch between."""
         self.cut_answers = cut_answers
         """How many examples have an answer cut by `truncate`."""
+        self.cut_prompts = cut_prompts
+        """How many different prompts were cut by it."""
 
     def __iter__(self) -> Pipeline:
         return self
@@ -235,6 +242,7 @@ def make_pipeline(
     max_text_len: int,
     length_multiple: int,
     max_positions: int | None = None,
+    max_context_len: int | None = None,
     end_symbol: tuple[Piece, ...] | None = None,
     ignored_targets: Collection[int] = (),
     truncate: bool = False,
@@ -253,6 +261,7 @@ def make_pipeline(
       max_text_len: longest answer in tokens, end symbol included.
       length_multiple: sequences and targets are padded up to a multiple of this.
       max_positions: longest whole sequence in tokens, if the model has a limit.
+      max_context_len: longest prompt, see `batches.limit_prompt`; None for no limit of its own.
       end_symbol, ignored_targets, truncate: see `batches.make_example_tokens`.
       num_threads: batches are made ahead by this many threads; 0 makes them when asked for.
       prefetch: how many batches are made ahead.
@@ -264,11 +273,22 @@ def make_pipeline(
     if not prompts:
         raise UserError("There is no prompt to ask with; expected at least one (data.prompts).")
 
+    cut_prompts: set[str | None] = set()
+
     def prompt_ids(prompt: str | None) -> list[int]:
         pieces = training_pieces(template, prompt)
-        return encode_prompt(
+        ids = encode_prompt(
             template, pieces, tokenizer=tokenizer, num_image_tokens=num_image_tokens
         )
+        ids, cut = limit_prompt(
+            ids,
+            num_bos=int(template.bos is not None),
+            max_context_len=len(ids) if max_context_len is None else max_context_len,
+            truncate=truncate,
+            name=f"prompt {prompt!r}",
+        )
+        cut_prompts.update([prompt] if cut else [])
+        return ids
 
     def answer_ids(answer: str) -> list[int]:
         return encode_answer(template, answer, tokenizer=tokenizer, end_symbol=end_symbol)
@@ -306,6 +326,7 @@ def make_pipeline(
         batches.to_iter_dataset(options),
         batches_per_epoch=len(source) / batch_size,
         cut_answers=cut_answers,
+        cut_prompts=len(cut_prompts),
     )
 
 

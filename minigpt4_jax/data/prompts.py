@@ -285,6 +285,14 @@ def encode_answer(
     return encode_pieces([answer, *end], tokenizer, num_image_tokens=0)
 
 
+def end_symbol_pieces(text: str, tokenizer: Tokenizer) -> tuple[Piece, ...]:
+    """An end symbol from a configuration: a control token by its spelling (`</s>`), or plain text (`###`).
+
+    The original puts the text behind the answer, where its tokenizer finds control tokens by itself.
+    """
+    return (Special(text),) if tokenizer.is_special(text) else (text,)
+
+
 def pieces_text(pieces: Iterable[Piece]) -> str:
     """A prompt for people to read: control tokens by name, pictures as `<ImageHere>`."""
     text = ""

@@ -107,6 +107,10 @@ class Tokenizer:
             )
         return self._special[name]
 
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is the spelling of a control token."""
+        return text in self._special
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no control tokens, neither added nor recognised in `text`."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)

@@ -16,32 +16,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from minigpt4_jax.config import TrainConfig, UserError
 from minigpt4_jax.data.batches import Batch
-from minigpt4_jax.data.datasets import CcSbuAlign, make_pipeline
+from minigpt4_jax.data.datasets import CcSbuAlign, Pipeline, make_pipeline
 from minigpt4_jax.data.images import load_image, preprocess
-from minigpt4_jax.data.prompts import get_template
+from minigpt4_jax.data.prompts import (
+    encode_pieces,
+    end_symbol_pieces,
+    get_template,
+    pieces_text,
+)
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, make_model
 from minigpt4_jax.presets import Preset, get_preset
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.features import Features, encode_features, fingerprint
+from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import Metrics, make_progress
 from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
-from minigpt4_jax.training.state import Projection, TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.state import Projection, TrainBatch, TrainState, init_state
+from minigpt4_jax.training.step import StepNumbers, make_train_step
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
 FEATURE_BATCH = 16
-FREE_SETTINGS = (
-    "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep"
-)  # fmt: skip
-"""Settings that may change when a run is resumed: no number depends on them."""
 Save = Callable[[Path, Projection], None]
 """Writes a finished projection; `convert` knows the file format, training does not."""
+TakeStep = Callable[[TrainState, Batch], tuple[TrainState, StepNumbers]]
 
 
 def train(
@@ -71,83 +75,149 @@ def train(
     preset = get_preset(config.preset)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    dtype = _frozen_dtype(config.dtype)
-    source = CcSbuAlign(config.data.folder)
-    features = prepare_features(config, preset, source, params)
+    tx = make_optimizer(config.optimizer)
+    with TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints:
+        # First of all: minutes of encoding for a run that is then refused would be in vain.
+        meta = {"run": run_identity(config, frozen=params, start=start)}
+        require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
+        source = CcSbuAlign(config.data.folder)
+        features = prepare_features(config, preset, source, params)
+        with (
+            make_batches(config, preset, source, tokenizer) as batches,
+            _stop_after_step() as stop,
+        ):
+            shape = (preset.model.projection_in, preset.model.llama.width)
+            blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
+            restored = checkpoints.restore_latest(
+                jax.eval_shape(lambda p: init_state(p, tx), blank)
+            )
+            if restored is not None:
+                batches.set_state(restored.data_state)
+                state, step = restored.state, restored.step
+            else:
+                projection = start or _initial_projection(
+                    config, preset, source, features, tokenizer, params
+                )
+                # A copy: the step donates its state, and `start` is the caller's.
+                state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
+            take_step = _make_step(config, preset, tx, params=params, features=features)
+            state, step = _run_steps(
+                config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
+            )
+        checkpoints.wait_until_finished()
+        if step < config.optimizer.max_steps:
+            raise KeyboardInterrupt
+    trained: Projection = jax.tree.map(np.asarray, state.projection)
+    save_projection(workdir / "projection.safetensors", trained)
+    return trained
 
-    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
+
+def _make_step(
+    config: TrainConfig,
+    preset: Preset,
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    params: Params,
+    features: Features,
+) -> TakeStep:
+    """The compiled step with everything that stays the same during a run; it consumes the state it is given."""
+    dtype = _frozen_dtype(config.dtype)
     frozen = {
         "llama": jax.tree.map(
             lambda leaf: jnp.asarray(leaf, dtype),
             convert_layout(params["llama"], DISK, TRAIN, llama=preset.model.llama),
         )
     }
-    tx = make_optimizer(config.optimizer)
+    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
     train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
+    return lambda state, batch: train_step(state, frozen, _to_device(batch, features))
 
-    with (
-        TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
-        make_pipeline(
-            source,
-            seed=config.data.seed,
-            batch_size=config.data.batch_size,
-            prompts=config.data.prompts,
-            template=get_template(config.data.template),
-            tokenizer=tokenizer,
-            num_image_tokens=preset.model.num_image_tokens,
-            max_text_len=config.data.max_text_len,
-            length_multiple=config.data.length_multiple,
-            max_positions=preset.model.llama.max_positions,
-        ) as batches,
-        _stop_after_step() as stop,
-    ):
-        meta = {"run": _identity(config)}
-        shape = (preset.model.projection_in, preset.model.llama.width)
-        blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
-        restored = checkpoints.restore_latest(jax.eval_shape(lambda p: init_state(p, tx), blank))
-        if restored is not None:
-            _require_same_run(config, restored.meta["run"], meta["run"])
-            batches.set_state(restored.data_state)
-            state, step = restored.state, restored.step
-        else:
-            projection = start or _initial_projection(
-                config, preset, source, features, tokenizer, params
-            )
-            # A copy: the step donates its state, and `start` is the caller's.
-            state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
-        schedule = make_schedule(config.optimizer)
-        max_steps = config.optimizer.max_steps
-        with Metrics(
-            workdir, start_step=step, max_steps=max_steps, log_every=config.log_every
-        ) as metrics:
-            while step < max_steps:
-                batch = _to_device(next(batches), features)
-                state, loss = train_step(state, frozen, batch)
-                step += 1
-                value = float(loss)
-                if not np.isfinite(value):
-                    raise UserError(
-                        f"The loss of step {step} is {value}; expected a number. The last checkpoint is from before "
-                        "it. Lower optimizer.init_lr and start in a new workdir."
-                    )
-                metrics.write(
-                    step,
-                    loss=value,
-                    learning_rate=float(schedule(step - 1)),
-                    samples=config.data.batch_size,
+
+def _run_steps(
+    config: TrainConfig,
+    state: TrainState,
+    step: int,
+    take_step: TakeStep,
+    batches: Pipeline,
+    checkpoints: TrainCheckpoints,
+    *,
+    meta: dict[str, Any],
+    stop: _Stop,
+) -> tuple[TrainState, int]:
+    """Steps until the last one, or until a signal asks to stop; what was done is saved either way."""
+    schedule = make_schedule(config.optimizer)
+    max_steps = config.optimizer.max_steps
+    with Metrics(
+        Path(config.workdir),
+        start_step=step,
+        max_steps=max_steps,
+        log_every=config.log_every,
+        tensorboard=config.tensorboard,
+    ) as metrics:
+        while step < max_steps:
+            state, numbers = take_step(state, next(batches))
+            step += 1
+            loss, grad_norm, image_token_std = map(float, jax.device_get(numbers))
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"The loss of step {step} is {loss}; expected a number. The last checkpoint is from before "
+                    "it. Lower optimizer.init_lr and start in a new workdir."
                 )
-                # Read once: a stop that comes too late for this save waits for the next step.
-                stopping = stop.requested
-                if step % config.save_every == 0 or step == max_steps or stopping:
-                    checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
-                if stopping:
-                    break
-        checkpoints.wait_until_finished()
-        if step < max_steps:
-            raise KeyboardInterrupt
-    trained: Projection = jax.tree.map(np.asarray, state.projection)
-    save_projection(workdir / "projection.safetensors", trained)
-    return trained
+            metrics.write(
+                step,
+                loss=loss,
+                learning_rate=float(schedule(step - 1)),
+                grad_norm=grad_norm,
+                image_token_std=image_token_std,
+                samples=config.data.batch_size,
+            )
+            # Read once: a stop that comes too late for this save waits for the next step.
+            stopping = stop.requested
+            if step % config.save_every == 0 or step == max_steps or stopping:
+                checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
+            if stopping:
+                break
+    return state, step
+
+
+def make_batches(
+    config: TrainConfig, preset: Preset, source: CcSbuAlign, tokenizer: Tokenizer
+) -> Pipeline:
+    """The stream of batches over `source` in the words of `config.data`; says what `truncate` cut.
+
+    Raises `UserError` for texts that do not fit, and for a pad token that would take the end symbol with it.
+    """
+    data, template = config.data, get_template(config.data.template)
+    end = end_symbol_pieces(data.end_sym, tokenizer) if data.end_sym else template.end_symbol
+    ignored = (tokenizer.pad_id,) if data.mask_pad_token else ()
+    if set(ignored) & set(encode_pieces(end, tokenizer, num_image_tokens=0)):
+        raise UserError(
+            f"data.mask_pad_token is true and the tokenizer's pad token is part of the end symbol "
+            f"{pieces_text(end)!r}; the model would never learn to stop. Set it to false."
+        )
+    batches = make_pipeline(
+        source,
+        seed=data.seed,
+        batch_size=data.batch_size,
+        prompts=run_prompts(data) or (None,),
+        template=template,
+        tokenizer=tokenizer,
+        num_image_tokens=preset.model.num_image_tokens,
+        max_text_len=data.max_text_len,
+        length_multiple=data.length_multiple,
+        max_positions=preset.model.llama.max_positions,
+        max_context_len=data.max_context_len,
+        end_symbol=end,
+        ignored_targets=ignored,
+        truncate=data.truncate,
+    )
+    if data.truncate:
+        print(
+            f"data.truncate: {batches.cut_answers} of {len(source)} answers cut to {data.max_text_len} tokens (without "
+            f"an end symbol), {batches.cut_prompts} prompts to {data.max_context_len}.",
+            flush=True,
+        )
+    return batches
 
 
 def prepare_features(
@@ -195,37 +265,11 @@ def _initial_projection(
     )
 
 
-def _require_same_run(config: TrainConfig, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    before, now = dict(_dotted(theirs)), dict(_dotted(ours))
-    changed = sorted(name for name in now if before.get(name) != now[name])
-    if changed:
-        raise UserError(
-            f"{config.workdir} holds a run with other settings ({', '.join(changed)}). Use another workdir, or set "
-            "them back to continue that run."
-        )
-
-
-def _dotted(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _frozen_dtype(name: str) -> Any:
     """bfloat16 on accelerators; float32 on a CPU, where XLA emulates bfloat16 at a fraction of the speed."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide a run's numbers; a checkpoint is continued only under the same ones."""
-    settings = dataclasses.asdict(config)
-    flat = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-    flat["data"] = {**flat["data"], "prompts": list(flat["data"]["prompts"])}
-    return flat
 
 
 def _to_device(batch: Batch, features: Features) -> TrainBatch:

@@ -1,4 +1,4 @@
-"""What people and programs see of a run: a progress bar and a file of JSON lines.
+"""What people and programs see of a run: a progress bar, a file of JSON lines and, if asked for, TensorBoard events.
 
 The file has one line per step. A resumed run first drops the lines after its checkpoint, so every step stands there
 exactly once and the losses of an interrupted run can be compared line by line with an uninterrupted one.
@@ -24,7 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from minigpt4_jax.config import UserError
+
 FILE = "metrics.jsonl"
+EVENTS = "tensorboard"
+"""The folder of the event files."""
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -56,6 +60,24 @@ def make_progress(*, quiet: bool = False) -> Progress:
     )
 
 
+def make_event_writer(workdir: Path, *, start_step: int) -> Any:
+    """A TensorBoard writer in `<workdir>/tensorboard`; what an earlier run wrote after `start_step` is hidden.
+
+    Raises `UserError` where the `tensorboard` extra is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard is true and the library that writes its files is not installed; expected tensorboardX. "
+            "pip install 'minigpt4_jax[tensorboard]', or set tensorboard=false."
+        ) from error
+    # The name of a file has only the second in it: the step keeps two quick runs apart.
+    return SummaryWriter(
+        str(workdir / EVENTS), purge_step=start_step + 1, filename_suffix=f".{start_step}"
+    )
+
+
 class Metrics:
     """Writes one JSON line per step and keeps a progress bar (or, away from a terminal, a line now and then).
 
@@ -63,9 +85,19 @@ class Metrics:
         workdir: where `metrics.jsonl` lies.
         start_step: steps that the checkpoint has; later lines in the file are dropped.
         log_every: steps between two updates of what people see.
+        tensorboard: write TensorBoard events as well.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, max_steps: int, log_every: int) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        max_steps: int,
+        log_every: int,
+        tensorboard: bool = False,
+    ) -> None:
+        self._events = make_event_writer(workdir, start_step=start_step) if tensorboard else None
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         path = workdir / FILE
         beside = path.with_suffix(".tmp")
@@ -92,9 +124,20 @@ class Metrics:
     ) -> None:
         self._progress.stop()
         self._file.close()
+        if self._events is not None:
+            self._events.close()
 
-    def write(self, step: int, *, loss: float, learning_rate: float, samples: int) -> None:
-        """Records a finished step. `samples` is the size of its batch."""
+    def write(
+        self,
+        step: int,
+        *,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        image_token_std: float,
+        samples: int,
+    ) -> None:
+        """Records a finished step: see `step.StepNumbers`; `samples` is the size of its batch."""
         now = time.perf_counter()
         self._recent = [*self._recent[-(2 * self._log_every) :], (now, samples, loss)]
         first = self._recent[0][0]
@@ -105,12 +148,18 @@ class Metrics:
             "step": step,
             "loss": loss,
             "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "image_token_std": image_token_std,
             "samples_per_s": round(rate, 2),
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        if self._events is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(f"train/{name}", value, step)
         mean = sum(value for _, _, value in self._recent) / len(self._recent)
-        numbers = f"loss {mean:.3f}  {rate:.1f} samples/s"
+        numbers = f"loss {mean:.3f}  gradient {grad_norm:.2g}  image tokens {image_token_std:.2g}  {rate:.1f} samples/s"
         self._progress.update(self._task, completed=step, numbers=numbers)
         if not self._progress.console.is_terminal and step % self._log_every == 0:
             left = (self._max_steps - step) * samples / rate if rate else float("nan")

@@ -7,7 +7,7 @@ and never part of a tree that a norm or an optimizer walks over (which would bri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,21 @@ Frozen = dict[str, Any]
 """The parameter tree without `vit` (its features are cached) and without `llama_proj`."""
 
 
-def loss_fn(
+class StepNumbers(NamedTuple):
+    """What a step says about itself, from before its update."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    """Length of this batch's gradient."""
+    image_token_std: Float[Array, ""]
+    """Standard deviation of all numbers in the batch's image tokens. Far from that of the token embeddings (about 0.1),
+    a frozen language model does not read them: the first thing to look at when a loss goes up."""
+
+
+def answer_logits(
     projection: Projection, frozen: Frozen, batch: TrainBatch, *, model: MiniGPT4
-) -> Float[Array, ""]:
-    """Answer loss of one batch as a function of the projection."""
+) -> tuple[Float[Array, "B A V"], Float[Array, "B T D"]]:
+    """Logits at the places that predict the batch's targets, and the image tokens that they were given."""
     params = {**frozen, "llama_proj": projection}
     image_embeds = apply_method(model, params, "project", batch.patches)
     embeds = apply_method(model, params, "embed_prompt", batch.token_ids, image_embeds)
@@ -40,21 +51,37 @@ def loss_fn(
         caches=None,
     )
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
-    logits = apply_method(model, params, "head", picked)
-    return cross_entropy(logits, batch.target_ids, batch.target_mask)
+    return apply_method(model, params, "head", picked), image_embeds
+
+
+def loss_fn(
+    projection: Projection, frozen: Frozen, batch: TrainBatch, *, model: MiniGPT4
+) -> tuple[Float[Array, ""], Float[Array, "B T D"]]:
+    """Answer loss of one batch as a function of the projection, and its image tokens."""
+    logits, image_embeds = answer_logits(projection, frozen, batch, model=model)
+    return cross_entropy(logits, batch.target_ids, batch.target_mask), image_embeds
 
 
 def make_train_step(
-    model: MiniGPT4, tx: optax.GradientTransformation
-) -> Callable[[TrainState, Frozen, TrainBatch], tuple[TrainState, Float[Array, ""]]]:
-    """`train_step(state, frozen, batch) -> (state, loss)`; to be jitted by the loop with `state` donated."""
+    model: MiniGPT4, tx: optax.GradientTransformationExtraArgs
+) -> Callable[[TrainState, Frozen, TrainBatch], tuple[TrainState, StepNumbers]]:
+    """`train_step(state, frozen, batch) -> (state, numbers)`; to be jitted by the loop with `state` donated."""
 
     def train_step(
         state: TrainState, frozen: Frozen, batch: TrainBatch
-    ) -> tuple[TrainState, Float[Array, ""]]:
-        loss, grads = jax.value_and_grad(loss_fn)(state.projection, frozen, batch, model=model)
-        updates, opt_state = tx.update(grads, state.opt_state, state.projection)
+    ) -> tuple[TrainState, StepNumbers]:
+        (loss, image_embeds), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.projection, frozen, batch, model=model
+        )
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.projection, num_targets=jnp.sum(batch.target_mask)
+        )
         projection = optax.apply_updates(state.projection, updates)
-        return TrainState(step=state.step + 1, projection=projection, opt_state=opt_state), loss
+        numbers = StepNumbers(
+            loss=loss,
+            grad_norm=optax.global_norm(grads),
+            image_token_std=jnp.std(image_embeds.astype(jnp.float32)),
+        )
+        return TrainState(step=state.step + 1, projection=projection, opt_state=opt_state), numbers
 
     return train_step

@@ -10,6 +10,7 @@ from minigpt4_jax.data.batches import (
     Batch,
     collate,
     join_example,
+    limit_prompt,
     make_example_tokens,
     wrap_images,
 )
@@ -93,6 +94,15 @@ def test_a_long_answer_is_an_error_that_names_the_sample(tokenizer: Tokenizer) -
     cut = make(4, truncate=True)
     assert cut.cut_tokens == 2
     assert cut.token_ids[-4:].tolist() == tokenizer.encode("1234")
+
+
+def test_a_long_prompt_is_an_error_or_cut_on_its_right_the_bos_not_counted() -> None:
+    prompt = [1, -1, -1, 7, 8]
+    limits = {"num_bos": 1, "name": "prompt 'Why?'"}
+    assert limit_prompt(prompt, max_context_len=4, truncate=False, **limits) == (prompt, 0)
+    with pytest.raises(UserError, match=r"prompt 'Why\?' has 4 tokens .* at most 3"):
+        limit_prompt(prompt, max_context_len=3, truncate=False, **limits)
+    assert limit_prompt(prompt, max_context_len=1, truncate=True, **limits) == ([1, -1], 3)
 
 
 def test_padding_rounds_up_and_keeps_every_token() -> None:

@@ -24,6 +24,7 @@ from minigpt4_jax.data.prompts import (
     encode_answer,
     encode_pieces,
     encode_prompt,
+    end_symbol_pieces,
     get_template,
     load_prompts,
     pieces_text,
@@ -165,6 +166,14 @@ def test_end_symbols_follow_the_answer(tokenizer: Tokenizer) -> None:
 )
 def test_vicuna_answers_are_cleaned_as_in_the_original(raw: str, answer: str) -> None:
     assert clean_answer(VICUNA_V0, raw) == answer
+
+
+def test_a_configured_end_symbol_is_a_control_token_where_it_spells_one(
+    tokenizer: Tokenizer,
+) -> None:
+    assert end_symbol_pieces("</s>", tokenizer) == (Special("</s>"),)
+    assert end_symbol_pieces("###", tokenizer) == ("###",)
+    assert end_symbol_pieces("\n", tokenizer) == ("\n",)
 
 
 def test_a_template_for_another_tokenizer_is_refused(tokenizer: Tokenizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -12,7 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
+from minigpt4_jax.config import IMAGE_TOKEN_ID, LlamaConfig, ModelConfig, UserError
+from minigpt4_jax.data.datasets import CcSbuAlign
+from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from minigpt4_jax.presets import get_preset
 from minigpt4_jax.training import loop
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import read_metrics
@@ -188,6 +190,45 @@ def refused_workdir(
     return workdir
 
 
+def test_another_runs_workdir_is_refused_before_any_picture_is_encoded(
+    run: Any, refused_workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_run(*args: Any) -> None:
+        raise AssertionError("pictures were encoded for a run that is refused")
+
+    monkeypatch.setattr(loop, "prepare_features", must_not_run)
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        run(refused_workdir, "optimizer.max_steps=3", "seed=7")
+
+
+def test_another_optimizer_is_named_before_its_state_is_compared(
+    run: Any, refused_workdir: Path
+) -> None:
+    with pytest.raises(UserError, match=r"other settings \(optimizer.name\)"):
+        run(refused_workdir, "optimizer.max_steps=3", "optimizer.name=muon")
+
+
+def test_other_frozen_weights_under_the_same_settings_are_refused(
+    run: Any, refused_workdir: Path, frozen: dict[str, Any]
+) -> None:
+    other = jax.tree.map(np.array, frozen)
+    other["llama"]["norm"]["scale"][0] += 1e-3
+    with pytest.raises(UserError, match=r"other settings \(frozen_weights\)"):
+        run(refused_workdir, "optimizer.max_steps=3", frozen=other)
+
+
+def test_another_start_under_the_same_name_is_refused(
+    tmp_path: Path, run: Any, tiny_params: Any
+) -> None:
+    start = jax.tree.map(np.array, tiny_params["llama_proj"])
+    settings = ("init_projection=given.safetensors", "optimizer.max_steps=3")
+    run(tmp_path, *settings, start=start)
+    run(tmp_path, *settings, start=start)
+    start["bias"][0] += 1e-3
+    with pytest.raises(UserError, match=r"other settings \(start_projection\)"):
+        run(tmp_path, *settings, start=start)
+
+
 @pytest.mark.parametrize("missing", ["workdir", "data.folder"])
 def test_a_run_without_its_folders_says_which(missing: str, tmp_path: Path, run: Any) -> None:
     with pytest.raises(UserError, match=r"is ''.*expected two folders"):
@@ -203,8 +244,9 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_saved(
         step = real(*args)
 
         def train_step(state: Any, frozen: Any, batch: Any) -> Any:
-            after, loss = step(state, frozen, batch)
-            return after, jax.numpy.where(after.step < 8, loss, jax.numpy.nan)
+            after, numbers = step(state, frozen, batch)
+            loss = jax.numpy.where(after.step < 8, numbers.loss, jax.numpy.nan)
+            return after, numbers._replace(loss=loss)
 
         return train_step
 
@@ -289,6 +331,25 @@ def test_signals_save_the_running_step_and_the_run_goes_on_from_it(
     assert_identical(projection, whole[1])
 
 
+def test_a_run_stopped_between_two_gathered_batches_goes_on_with_what_it_had(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("optimizer.accum_grad_iters=2", "save_every=100", "tensorboard=true")
+    projection = run(tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "Metrics.write", step=3, with_signal=signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", *settings)
+    assert latest_step(tmp_path / "stopped") == 3
+    # The free setting may change; the numbers do not.
+    resumed = run(tmp_path / "stopped", *settings[:2])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert_identical(resumed, projection)
+    rows = read_metrics(tmp_path / "whole")
+    assert all(row["grad_norm"] > 0 and row["image_token_std"] > 0 for row in rows)
+    assert (tmp_path / "whole" / "tensorboard").is_dir()
+
+
 def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
     tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,11 +371,89 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
     assert losses(tmp_path) == whole[0]
 
 
-def test_the_identity_of_a_run_has_every_setting_but_the_free_ones(
-    make_config: Any, tmp_path: Path
+# --- words ---
+
+
+@pytest.fixture
+def batches_of(make_config: Any, data_folder: Path, tmp_path: Path) -> Any:
+    """`batches_of("key=value", ...)`: the first batch of the set in the words of these settings."""
+    source, preset = CcSbuAlign(data_folder), get_preset("tiny")
+
+    def call(*overrides: str, tokenizer: Tokenizer | None = None) -> Any:
+        config = make_config(tmp_path, *overrides)
+        with loop.make_batches(config, preset, source, tokenizer or byte_tokenizer()) as batches:
+            return next(batches)
+
+    return call
+
+
+def first_row(batch: Any) -> list[int]:
+    return batch["token_ids"][0][batch["attention_mask"][0]].tolist()
+
+
+def first_answer(batch: Any) -> list[int]:
+    return batch["target_ids"][0][batch["target_mask"][0]].tolist()
+
+
+def test_no_prompt_at_all_is_bos_picture_caption_and_end_symbol(
+    batches_of: Any, tiny_config: ModelConfig
 ) -> None:
-    # A new setting belongs to the identity unless it is put among the free ones on purpose.
-    config = make_config(tmp_path)
-    fields = {field.name for field in dataclasses.fields(config)}
-    assert set(loop._identity(config)) == fields - set(loop.FREE_SETTINGS)
-    assert set(loop.FREE_SETTINGS) <= fields
+    tokenizer = byte_tokenizer()
+    settings = ("data.prompts=[]", "data.template=vicuna_v0")
+    batch = batches_of(*settings, r'data.end_sym="\n"')
+    picture = [IMAGE_TOKEN_ID] * tiny_config.num_image_tokens
+    answer = first_answer(batch)
+    assert first_row(batch) == [tokenizer.special("<s>"), *picture, *answer]
+    assert tokenizer.decode(answer).endswith("\n")
+    assert tokenizer.decode(first_answer(batches_of(*settings))).endswith("###")
+    control = first_answer(batches_of(*settings, "data.end_sym=</s>"))
+    assert control[-1] == tokenizer.special("</s>")
+
+
+def test_a_prompt_file_asks_its_questions(batches_of: Any, tmp_path: Path) -> None:
+    file = tmp_path / "alignment.txt"
+    file.write_text("<Img><ImageHere></Img> Describe it.\n")
+    # The list must be at its default: two sources of prompts are a contradiction.
+    batch = batches_of("data.prompts=['What is this?']", f"data.prompt_path={file}")
+    asked = byte_tokenizer().decode([i for i in first_row(batch) if i != IMAGE_TOKEN_ID])
+    assert "Describe it." in asked
+    with pytest.raises(UserError, match=r"data.prompts is \['Who\?'\]; expected one of the two"):
+        batches_of("data.prompts=['Who?']", f"data.prompt_path={file}")
+
+
+def test_what_is_too_long_is_cut_only_when_told_to_and_counted(
+    batches_of: Any, capsys: pytest.CaptureFixture[str], tiny_config: ModelConfig
+) -> None:
+    prompts = "data.prompts=['Is it?', 'What in the world is this?']"
+    # Captions have 7 to 10 letters, one token each; the two of 7 fit with their end symbol.
+    for limit in ("data.max_text_len=8", "data.max_context_len=30"):
+        with pytest.raises(UserError, match=limit.partition("=")[0]):
+            batches_of(prompts, limit)
+    assert capsys.readouterr().out == ""
+    longest = tiny_config.num_image_tokens + len("user\nassistant\nIs it?\n") + 3
+    batch = batches_of(
+        prompts, "data.truncate=true", "data.max_text_len=8", f"data.max_context_len={longest}"
+    )
+    assert capsys.readouterr().out == (
+        "data.truncate: 10 of 12 answers cut to 8 tokens (without an end symbol), 1 prompts to "
+        f"{longest}.\n"
+    )
+    assert batch["target_mask"].sum(axis=1).max() == 8
+
+
+def test_the_pad_token_can_be_left_out_of_the_loss_unless_it_is_the_end_symbol(
+    batches_of: Any,
+) -> None:
+    # The byte tokenizer pads with <|im_end|>, which ChatML also ends with.
+    with pytest.raises(UserError, match=r"part of the end symbol '<\|im_end\|>'"):
+        batches_of("data.mask_pad_token=true")
+    # One whose pad token is an ordinary piece, as the original's `$$` is: here the letter e.
+    tokenizer = Tokenizer(byte_tokenizer()._backend, bos_token=None, eos_token=None, pad_token="e")
+    whole = batches_of(tokenizer=tokenizer)
+    masked = batches_of("data.mask_pad_token=true", tokenizer=tokenizer)
+    np.testing.assert_array_equal(masked["token_ids"], whole["token_ids"])
+    answers = [whole["target_ids"][row][mask] for row, mask in enumerate(whole["target_mask"])]
+    left = [masked["target_ids"][row][mask] for row, mask in enumerate(masked["target_mask"])]
+    assert any(tokenizer.pad_id in answer for answer in answers)
+    for answer, rest in zip(answers, left, strict=True):
+        assert rest.tolist() == [i for i in answer.tolist() if i != tokenizer.pad_id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt4_jax.training.loss import cross_entropy
+from minigpt4_jax.training.loss import cross_entropy, cross_entropy_per_sample
 
 RNG = np.random.default_rng(20)
 LOGITS = (RNG.normal(size=(3, 4, 11)) * 5).astype(np.float32)
@@ -46,4 +46,14 @@ def test_narrow_logits_are_reduced_in_float32() -> None:
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(
         float(found), loss(np.asarray(narrow, np.float32), TARGETS, MASK), rtol=1e-6
+    )
+
+
+def test_per_sample_divides_by_all_places_of_the_padded_row() -> None:
+    found = cross_entropy_per_sample(
+        jnp.asarray(LOGITS), jnp.asarray(TARGETS), jnp.asarray(MASK), length=9
+    )
+    rows = [loss(LOGITS[b : b + 1], TARGETS[b : b + 1], MASK[b : b + 1]) for b in range(3)]
+    np.testing.assert_allclose(
+        found, [rows[0] * 4 / 8, rows[1] * 1 / 8, rows[2] * 2 / 8], rtol=1e-5
     )

@@ -1,4 +1,7 @@
-"""training/optimizer.py: AdamW and its schedule against NumPy; nothing but the projection has moments."""
+"""training/optimizer.py: AdamW, the schedules and accumulation against their definitions.
+
+The original's own numbers are in tests/parity/golden/test_golden_optim.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import optax
 import pytest
 
 from minigpt4_jax.config import OptimizerConfig, UserError
-from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
+from minigpt4_jax.training.optimizer import decays_weight, make_optimizer, make_schedule
 from minigpt4_jax.training.state import init_state
 
 CONFIG = OptimizerConfig(
@@ -117,3 +120,190 @@ def test_muon_decays_the_kernel_only() -> None:
 def test_an_unknown_optimizer_is_named_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"'lion'.*adamw, muon"):
         OptimizerConfig(name="lion")
+
+
+# --- the other schedules ---
+
+
+def rates(config: OptimizerConfig) -> list[float]:
+    schedule = make_schedule(config)
+    return [float(schedule(step)) for step in range(config.max_steps)]
+
+
+def test_the_originals_cosine_runs_from_step_0_so_the_rate_drops_after_the_warm_up() -> None:
+    # Stage 1 of the published model, a thousandth as long.
+    config = OptimizerConfig(
+        lr_sched="linear_warmup_cosine_lr", init_lr=1e-4, min_lr=8e-5, warmup_lr=1e-6, warmup_steps=5, max_steps=20,
+        iters_per_epoch=5,
+    )  # fmt: skip
+    found = rates(config)
+    np.testing.assert_allclose(found[:5], [1e-6 + 99e-6 * i / 5 for i in range(5)], rtol=1e-12)
+    expected = [8e-5 + 2e-5 * 0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(5, 20)]
+    np.testing.assert_allclose(found[5:], expected, rtol=1e-12)
+    assert found[5] == pytest.approx(9.707e-5, rel=1e-4)
+
+
+def test_the_originals_warm_up_starts_again_in_every_epoch_it_reaches_into() -> None:
+    config = OptimizerConfig(
+        lr_sched="linear_warmup_cosine_lr", init_lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup_steps=4, max_steps=6,
+        iters_per_epoch=2,
+    )  # fmt: skip
+    np.testing.assert_allclose(rates(config)[:4], [0.2, 0.4, 0.2, 0.4], rtol=1e-12)
+
+
+def test_the_originals_stairs_warm_up_in_the_first_epoch_only() -> None:
+    config = OptimizerConfig(
+        lr_sched="linear_warmup_step_lr", init_lr=1.0, min_lr=0.3, warmup_lr=0.2, warmup_steps=4, max_steps=12,
+        iters_per_epoch=3, lr_decay_rate=0.5,
+    )  # fmt: skip
+    expected = [0.2, 0.4, 0.6, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
+    np.testing.assert_allclose(rates(config), expected, rtol=1e-12)
+
+
+def test_the_sane_stairs_warm_up_whatever_the_epochs_are() -> None:
+    config = OptimizerConfig(
+        lr_sched="warmup_step", init_lr=1.0, min_lr=0.3, warmup_lr=0.2, warmup_steps=4, max_steps=12,
+        iters_per_epoch=3, lr_decay_rate=0.5,
+    )  # fmt: skip
+    expected = [0.2, 0.4, 0.6, 0.8, 0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
+    np.testing.assert_allclose(rates(config), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lr_sched", ["linear_warmup_cosine_lr", "linear_warmup_step_lr"])
+@pytest.mark.parametrize("warmup_lr", [-1.0, 0.5])
+def test_the_originals_rate_never_exceeds_its_peak_and_minus_one_is_no_warm_up(
+    lr_sched: str, warmup_lr: float
+) -> None:
+    config = OptimizerConfig(
+        lr_sched=lr_sched, init_lr=0.1, warmup_lr=warmup_lr, warmup_steps=3, max_steps=6
+    )
+    assert rates(config)[:3] == [0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    "lr_sched",
+    ["warmup_cosine", "warmup_step", "linear_warmup_cosine_lr", "linear_warmup_step_lr"],
+)
+def test_the_rate_on_the_device_is_the_one_on_the_host(lr_sched: str) -> None:
+    config = OptimizerConfig(
+        lr_sched=lr_sched, init_lr=1e-4, min_lr=0.0, warmup_steps=30, max_steps=200, iters_per_epoch=50,
+        lr_decay_rate=0.7,
+    )  # fmt: skip
+    on_device = jax.jit(make_schedule(config))(jnp.arange(200))
+    assert on_device.dtype == jnp.float32
+    np.testing.assert_allclose(on_device, rates(config), rtol=1e-6)
+
+
+def test_a_run_may_end_within_the_originals_warm_up_only() -> None:
+    OptimizerConfig(lr_sched="linear_warmup_cosine_lr", warmup_steps=200, max_steps=5)
+    with pytest.raises(UserError, match="warmup_steps is 200"):
+        OptimizerConfig(warmup_steps=200, max_steps=5)
+
+
+# --- which leaves decay ---
+
+
+def test_decay_leaves_out_vectors_and_names_with_bias_ln_or_bn() -> None:
+    shapes = {
+        "llama_proj": {"kernel": (3, 2), "bias": (2,)},
+        "query_tokens": (1, 4, 2),
+        "rel_pos_bias": (5, 2),
+        "ln_vision": {"scale": (1, 2)},
+        "layers": {"0": {"bn": {"kernel": (2, 2)}, "norm": {"scale": (2,)}}},
+    }
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    assert decays_weight(tree) == {
+        "llama_proj": {"kernel": True, "bias": False},
+        "query_tokens": True,
+        "rel_pos_bias": False,
+        "ln_vision": {"scale": False},
+        "layers": {"0": {"bn": {"kernel": False}, "norm": {"scale": False}}},
+    }
+
+
+# --- accumulation ---
+
+STEADY = OptimizerConfig(
+    init_lr=0.1, min_lr=0.1, warmup_lr=0.1, warmup_steps=0, max_steps=12, eps=1.0, weight_decay=0.0
+)
+"""One rate, and an eps so large that Adam's first step tells a gradient's size and not only its sign."""
+
+
+def run_updates(
+    config: OptimizerConfig, grads: list[Any], num_targets: list[int], params: Any
+) -> list[Any]:
+    """Each batch's update of `params`, which stay as they are."""
+    tx = make_optimizer(config)
+    state, found = tx.init(params), []
+    update = jax.jit(lambda grads, state, count: tx.update(grads, state, params, num_targets=count))
+    for leaf, count in zip(grads, num_targets, strict=True):
+        updates, state = update(leaf, state, jnp.asarray(count))
+        found.append(updates)
+    return found
+
+
+PARAMS = {"kernel": jnp.full((3, 2), 5.0), "bias": jnp.full(2, 5.0)}
+RNG = np.random.default_rng(27)
+GRADS = [
+    {"kernel": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32), "bias": jnp.ones(2)}
+    for _ in range(6)
+]
+
+
+def assert_updates(found: list[Any], expected: dict[int, Any]) -> None:
+    """Zeros but after the batches in `expected`, whose updates are those of these whole gradients in turn."""
+    whole = run_updates(STEADY, list(expected.values()), [1] * len(expected), PARAMS)
+    for batch, updates in enumerate(found):
+        if batch not in expected:
+            assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(updates)), batch
+    for updates, reference in zip([found[batch] for batch in expected], whole, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, reference)
+
+
+def test_accumulation_weighs_batches_by_their_tokens_as_one_large_batch_would() -> None:
+    config = dataclasses.replace(STEADY, accum_grad_iters=3)
+    found = run_updates(config, GRADS, [3, 1, 4, 10, 0, 10], PARAMS)
+    expected = {
+        2: jax.tree.map(lambda a, b, c: (3 * a + b + 4 * c) / 8, *GRADS[:3]),
+        5: jax.tree.map(lambda a, c: (a + c) / 2, GRADS[3], GRADS[5]),
+    }
+    assert_updates(found, expected)
+
+
+def test_the_originals_accumulation_sums_and_takes_left_overs_into_the_next_epoch() -> None:
+    config = dataclasses.replace(
+        STEADY, accum_grad_iters=2, accum_grads="sum", max_steps=6, iters_per_epoch=3
+    )
+    found = run_updates(config, GRADS, [3, 1, 4, 10, 0, 10], PARAMS)
+    expected = {
+        1: jax.tree.map(lambda a, b: a + b, *GRADS[:2]),
+        4: jax.tree.map(lambda a, b, c: a + b + c, *GRADS[2:5]),
+    }
+    assert_updates(found, expected)
+
+
+@pytest.mark.parametrize(("accum_grads", "batches"), [("mean", [1, 3, 5]), ("sum", [1, 4])])
+def test_an_update_has_the_rate_of_its_last_batch(accum_grads: str, batches: list[int]) -> None:
+    config = OptimizerConfig(
+        lr_sched="linear_warmup_cosine_lr", init_lr=0.1, warmup_lr=0.01, warmup_steps=2, max_steps=6, weight_decay=0.5,
+        iters_per_epoch=3, accum_grad_iters=2, accum_grads=accum_grads,
+    )  # fmt: skip
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)  # decay alone moves the kernel, by rate * 0.5 * 5
+    found = run_updates(config, [zeros] * 6, [1] * 6, PARAMS)
+    rate = make_schedule(config)
+    for batch, updates in enumerate(found):
+        expected = -rate(batch) * 2.5 if batch in batches else 0.0
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
+def test_accumulation_that_would_lose_batches_is_refused() -> None:
+    with pytest.raises(UserError, match=r"max_steps is 10 and accum_grad_iters 3"):
+        OptimizerConfig(max_steps=10, warmup_steps=0, accum_grad_iters=3)
+    with pytest.raises(UserError, match=r"accum_grad_iters is 3 in epochs of 2 steps"):
+        OptimizerConfig(
+            max_steps=10, warmup_steps=0, iters_per_epoch=2, accum_grad_iters=3, accum_grads="sum"
+        )

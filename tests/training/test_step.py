@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -74,7 +75,8 @@ def value_and_grad(model: Any, frozen: Any) -> Any:
     """`(projection, batch) -> (loss, gradient with respect to the projection and to every frozen leaf)`."""
 
     def loss(projection: Any, frozen: Any, batch: TrainBatch) -> jax.Array:
-        return loss_fn(projection, frozen, batch, model=model)
+        value, _ = loss_fn(projection, frozen, batch, model=model)
+        return value
 
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     return lambda projection, batch: both(projection, frozen, batch)
@@ -184,11 +186,38 @@ def test_a_train_step_changes_the_projection_and_nothing_else(
     bytes_before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(frozen)]
     tx = make_optimizer(OptimizerConfig(init_lr=0.1, warmup_steps=0, max_steps=5))
     projection = jax.tree.map(jnp.copy, tiny_params["llama_proj"])
-    state, loss = jax.jit(make_train_step(model, tx))(init_state(projection, tx), frozen, batch)
+    state, numbers = jax.jit(make_train_step(model, tx))(init_state(projection, tx), frozen, batch)
     assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(frozen)] == bytes_before
     assert jax.tree.map(jnp.shape, state.projection) == jax.tree.map(jnp.shape, projection)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).min()), state.projection, projection)
     assert min(moved.values()) > 0
     assert int(state.step) == 1
-    expected, _ = value_and_grad(projection, batch)
-    np.testing.assert_allclose(float(loss), float(expected), rtol=1e-6)
+    expected, (grads, _) = value_and_grad(projection, batch)
+    np.testing.assert_allclose(float(numbers.loss), float(expected), rtol=1e-6)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+    np.testing.assert_allclose(float(numbers.grad_norm), np.linalg.norm(flat), rtol=1e-5)
+    groups = np.asarray(patches).reshape(len(patches), -1, projection["kernel"].shape[0])
+    image_tokens = groups @ np.asarray(projection["kernel"]) + np.asarray(projection["bias"])
+    np.testing.assert_allclose(float(numbers.image_token_std), image_tokens.std(), rtol=1e-5)
+
+
+def test_batches_gathered_to_one_update_move_the_projection_as_one_batch_of_all_samples(
+    tiny_params: Any, tokens: Any, patches: Any, model: Any, frozen: Any
+) -> None:
+    # An eps so large that a step tells a gradient's size; the parts have 8 + 2 and 15 targets.
+    config = OptimizerConfig(init_lr=0.1, warmup_steps=0, max_steps=2, eps=1.0, min_lr=0.1)
+    batch = to_batch(tokens, patches)
+
+    def train(parts: list[slice], accum_grad_iters: int) -> Any:
+        tx = make_optimizer(dataclasses.replace(config, accum_grad_iters=accum_grad_iters))
+        step = jax.jit(make_train_step(model, tx))
+        state = init_state(jax.tree.map(jnp.copy, tiny_params["llama_proj"]), tx)
+        for part in parts:
+            state, _ = step(state, frozen, jax.tree.map(lambda leaf: leaf[part], batch))  # noqa: B023
+        return state.projection
+
+    whole, gathered = train([slice(0, 3)], 1), train([slice(0, 2), slice(2, 3)], 2)
+    for name, start in tiny_params["llama_proj"].items():
+        moved = np.asarray(whole[name]) - np.asarray(start)
+        assert np.abs(moved).max() > 1e-3
+        np.testing.assert_allclose(np.asarray(gathered[name]) - np.asarray(start), moved, atol=2e-6)

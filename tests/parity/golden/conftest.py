@@ -4,7 +4,8 @@ A golden set is a folder of numbers that the original PyTorch code produced with
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
 `test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the composition without a Q-Former,
 `test_golden_chat.py` conversations with it, `test_golden_images.py` picture files and what the image processors make
-of them, `test_golden_text.py` and `test_golden_text_tokenizer.py` what happens to text on its way in and out.
+of them, `test_golden_optim.py` schedules, weight decay and training runs, `test_golden_text.py` and
+`test_golden_text_tokenizer.py` what happens to text on its way in and out.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -12,7 +13,7 @@ of them, `test_golden_text.py` and `test_golden_text_tokenizer.py` what happens 
 Nothing about a set is written down here but the layout of its files: sizes, eps, cases, texts and special ids are read
 from its reports and arrays. A case that a set does not hold is not collected; a folder that holds none is a failure.
 Needs the `parity` extra: the original's `.pth` files are read with torch. Not for: the original's code (it is not
-here; sets are made elsewhere) and training runs, beams, the Q-Former, MiniGPT-v2 (they come with their features).
+here; sets are made elsewhere) and beams, the Q-Former, MiniGPT-v2's chat (they come with their features).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,12 @@ from minigpt4_jax.presets import PRESETS
 DEFAULT = Path(__file__).parents[2] / "golden"
 FOLDER = Path(os.environ.get("MINIGPT4_GOLDEN") or DEFAULT).absolute()
 
-VIT, NOQF = "eva_vit", "minigpt4_noqf"
-IMAGES = "images"
+VIT, NOQF, V2, OPTIM, IMAGES = "eva_vit", "minigpt4_noqf", "minigptv2", "optim", "images"
 BASE_LLAMA = "llama_mha"
 """The language model behind `minigpt4_noqf`, as the README of the sets says."""
 BLIP2 = "qformer/blip2_qformer.pth"
+LORA_A = re.compile(r"\.layers\.(\d+)\.self_attn\.(\w+)\.lora_A\.")
+PLACEHOLDER = "<ImageHere>"
 
 
 class GoldenSet:
@@ -172,25 +175,51 @@ class GoldenSet:
         config = self.report(f"{name}/config.json")
         return {which: config[f"{which}_token_id"] for which in ("bos", "eos", "pad")}
 
-    def minigpt4(self, image_size: int) -> tuple[ModelConfig, Params]:
-        """The composition without a Q-Former, for pictures of `image_size` pixels: config and full tree."""
+    def minigpt4(self, image_size: int, *, variant: str = NOQF) -> tuple[ModelConfig, Params]:
+        """The composition without a Q-Former, for pictures of `image_size` pixels: config and full tree.
+
+        MiniGPT-v2 (`variant`) is the same with other numbers once its LoRA is added to the language model's weights.
+        """
         vit, conversion = self.vit("eva_vit.pth", image_size)
         language, params = self.llama(BASE_LLAMA)
-        projection = self.folder / NOQF / "proj.pth"
-        rows = open_source(projection).shape("llama_proj.weight")[1]
+        checkpoint = self.folder / variant / {NOQF: "proj.pth", V2: "minigptv2_ckpt.pth"}[variant]
+        trained = {
+            name: open_source(checkpoint).get(name) for name in open_source(checkpoint).names()
+        }
+        rows = trained["llama_proj.weight"].shape[1]
         config = dataclasses.replace(
             self.vit_model(vit), llama=language.llama, patches_per_token=rows // vit.width
         )
-        return config, {
+        full = {
             **params,
             "vit": conversion.params,
-            "ln_vision": self.ln_vision(vit.width),
-            "llama_proj": read_projection(projection, config)[0],
+            "ln_vision": self.ln_vision(vit.width, variant=variant),
         }
+        if variant == V2:
+            return config, self.with_trained(full, trained)
+        return config, {**full, "llama_proj": read_projection(checkpoint, config)[0]}
 
-    def ln_vision(self, width: int) -> dict[str, np.ndarray]:
+    def with_trained(self, params: Params, trained: dict[str, Any]) -> Params:
+        """`params` with what MiniGPT-v2 trains, by its names in the original: the projection, and the kernels of the
+        language model plus `scaling * B @ A` of their LoRA. Differentiable in `trained`."""
+        scaling = self.report(f"{V2}/cases.json")["lora"]["scaling"]
+        layers = {i: dict(layer) for i, layer in params["llama"]["layers"].items()}
+        for name, half in trained.items():
+            found = LORA_A.search(name)
+            if found is None:
+                continue
+            layer, kernel = found.groups()
+            other = trained[name.replace("lora_A", "lora_B")]
+            attention = dict(layers[layer]["self_attn"])
+            base = attention[kernel]["kernel"]
+            attention[kernel] = {"kernel": base + scaling * (other @ half).T}
+            layers[layer]["self_attn"] = attention
+        projection = {"kernel": trained["llama_proj.weight"].T, "bias": trained["llama_proj.bias"]}
+        return {**params, "llama": {**params["llama"], "layers": layers}, "llama_proj": projection}
+
+    def ln_vision(self, width: int, *, variant: str = NOQF) -> dict[str, np.ndarray]:
         """Without the Q-Former nothing loads `ln_vision`: weight 1, bias 0, unless the set names others in force."""
-        file = f"{NOQF}/encode_img.npz"
+        file = f"{variant}/encode_img.npz"
         held = self.arrays(file) if self.has(file) else {}
         return {
             "scale": held.get("ln_vision_weight", np.ones(width, np.float32)),
@@ -280,13 +309,63 @@ def noqf_cases() -> dict[str, Any]:
     return GOLDEN.report(file) if GOLDEN.has(file) else {}
 
 
-def forward_cases() -> list[str]:
-    """Training forwards: the cases whose embedded ids were recorded."""
+def forward_cases() -> list[tuple[str, str]]:
+    """(folder, case) of training forwards on one picture each, of which the embedded ids were recorded."""
     return [
-        name
-        for name, case in noqf_cases().items()
-        if "embedded_id_sequences_in_order" in case and GOLDEN.has(f"{NOQF}/{name}.npz")
+        (folder, name)
+        for folder in (NOQF, V2)
+        if GOLDEN.has(f"{folder}/cases.json")
+        for name, case in GOLDEN.report(f"{folder}/cases.json").items()
+        if "embedded_id_sequences_in_order" in case
+        and GOLDEN.has(f"{folder}/{name}.npz")
+        and has_one_picture(case)
     ]
+
+
+def has_one_picture(case: dict[str, Any]) -> bool:
+    """Not a case of texts alone nor a conversation, whose questions stand among the answers (MiniGPT-v2)."""
+    texts = case["prompts_given_to_prompt_wrap"]
+    texts = [texts] if isinstance(texts, str) else texts or []
+    return "conv_q" not in case and all(text.count(PLACEHOLDER) == 1 for text in texts)
+
+
+def optim_report(name: str) -> dict[str, Any]:
+    return GOLDEN.report(f"{OPTIM}/{name}") if GOLDEN.has(f"{OPTIM}/{name}") else {}
+
+
+def schedule_cases() -> list[str]:
+    return list(optim_report("lr_schedule.json").get("configs", {}))
+
+
+def group_cases() -> list[str]:
+    return list(optim_report("param_groups.json"))
+
+
+def run_cases() -> list[str]:
+    """Training runs of the original."""
+    return [
+        name for name in optim_report("trajectories.json") if GOLDEN.has(f"{OPTIM}/traj_{name}.npz")
+    ]
+
+
+def projection_run_cases() -> list[str]:
+    """Those that train the projection alone. (They stand behind the Q-Former: only their updates can be compared.)"""
+    return [name for name in run_cases() if not is_v2_run(name)]
+
+
+def v2_run_cases() -> list[str]:
+    """Those of MiniGPT-v2 whose LoRA settings and token ids the set holds."""
+    return (
+        [name for name in run_cases() if is_v2_run(name)] if GOLDEN.has(f"{V2}/cases.json") else []
+    )
+
+
+def is_v2_run(name: str) -> bool:
+    return any("lora_" in key for key in GOLDEN.keys(f"{OPTIM}/traj_{name}.npz"))
+
+
+def trainer_checkpoints() -> list[str]:
+    return sorted(path.name for path in (FOLDER / OPTIM).glob("trainer_checkpoint*.pth"))
 
 
 def answer_cases() -> list[tuple[str, str]]:
@@ -387,6 +466,12 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "postprocess_file": lambda: text_files("postprocess.json"),
     "stopping_file": lambda: text_files("stopping.json"),
     "tokenizer_file": lambda: text_files("tokenizer_cases.json"),
+    "schedule_case": schedule_cases,
+    "group_case": group_cases,
+    "run_case": run_cases,
+    "projection_run_case": projection_run_cases,
+    "v2_run_case": v2_run_cases,
+    "trainer_checkpoint": trainer_checkpoints,
 }
 
 NOT_HELD = object()

@@ -1,0 +1,86 @@
+"""The keys and types of a schema (a frozen dataclass), in the words of somebody who writes YAML.
+
+For: finding a dotted key, its type and the closest known key, for the messages of `config.load`. Not for: the schema
+itself and reading files (`config.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def leaves(values: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every entry, down to what is not a dataclass of the schema."""
+    hints = get_type_hints(schema)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and dataclasses.is_dataclass(hints.get(str(name))):
+            yield from leaves(value, hints[str(name)], f"{key}.")
+        else:
+            yield key, value
+
+
+def hint_of(schema: Any, key: str) -> Any:
+    """The type of a dotted key, or None where the schema has no such key."""
+    hint = schema
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return None
+        hint = get_type_hints(hint).get(name)
+    return hint
+
+
+def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _known_keys(hint, f"{prefix}{name}.")
+
+
+def suggest(key: str, schema: Any) -> str:
+    """What to write instead of an unknown key: the closest known one, or all of them."""
+    known = {full: full.rpartition(".")[2] for full in _known_keys(schema)}
+    known = {full: name for full, name in known.items() if not key.startswith(f"{full}.")}
+    last = key.rpartition(".")[2]
+    close = [full for full, name in known.items() if name == last]  # right name, wrong section
+    close += difflib.get_close_matches(key, known, n=1)
+    names = difflib.get_close_matches(last, known.values(), n=1)
+    close += [full for full, name in known.items() if name in names]
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" The keys here are {', '.join(get_type_hints(schema))}."
+
+
+def nest(key: str, value: Any) -> Any:
+    """`{"a": {"b": value}}` for the key `a.b`."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def type_name(hint: Any) -> str:
+    """A type in the words of somebody who writes YAML."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in names:
+        return names[hint]
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return "one of " + ", ".join(str(value) for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(argument) for argument in arguments)
+    if origin is tuple:
+        items = [type_name(argument) for argument in arguments if argument is not ...]
+        if ... in arguments:
+            return f"a list such as [a, b] whose items are {items[0]}"
+        return f"a list of {len(items)}: {', '.join(items)}"
+    if origin is dict:
+        return f"`name: value` lines whose values are {type_name(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section with the keys " + ", ".join(get_type_hints(hint))
+    return str(hint)

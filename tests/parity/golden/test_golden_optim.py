@@ -1,0 +1,281 @@
+"""The optimiser against the original's: learning rates, weight decay, accumulation, and whole training runs.
+
+The original's settings become `OptimizerConfig` by their names (`optimizer_config`), so the map from its YAML is under
+test as well. MiniGPT-v2's runs are repeated in full: its LoRA is added to the weights, and both are trained with this
+project's optimizer. Runs behind the Q-Former are compared as far as they go without it: their rates, the batches that
+close an update, and what the first update does to the weights. Tolerances are those of the sets' README.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from convert.projection import read_projection
+from convert.sources import open_source
+from minigpt4_jax.config import OptimizerConfig
+from minigpt4_jax.data import batches
+from minigpt4_jax.models.layout import DISK
+from minigpt4_jax.models.minigpt4 import apply_method, make_model
+from minigpt4_jax.training.optimizer import decays_weight, make_optimizer, make_schedule
+from minigpt4_jax.training.state import TrainBatch
+from minigpt4_jax.training.step import loss_fn
+
+PLACEHOLDER = "<ImageHere>"
+LOSS, WEIGHTS = 5e-4, 1e-4
+TINY_LOSS, TINY_WEIGHTS = 5e-5, 5e-7
+"""For runs whose weights move by less than `TINY` in all."""
+TINY = 1e-5
+
+
+def optimizer_config(run: dict[str, Any], *, epoch: int | None = None) -> OptimizerConfig:
+    """The original's `run:` section as ours. `epoch`: steps of an epoch where the section does not say."""
+    steps = run.get("iters_per_epoch", epoch)
+    decay = run.get("lr_decay_rate", run.get("decay_rate"))
+    default = "linear_warmup_cosine_lr" if decay is None else "linear_warmup_step_lr"
+    rates = ("init_lr", "min_lr", "warmup_lr")
+    return OptimizerConfig(
+        lr_sched=run.get("lr_sched", default),
+        **{name: float(run[name]) for name in rates},
+        warmup_steps=run["warmup_steps"],
+        iters_per_epoch=steps,
+        max_steps=steps * run.get("max_epoch", 1),
+        lr_decay_rate=1.0 if decay is None else float(decay),
+        weight_decay=float(run.get("weight_decay", 0)),
+        beta2=float(run.get("beta2", 0.999)),
+        accum_grad_iters=run.get("accum_grad_iters", 1),
+        accum_grads="sum",
+    )
+
+
+def test_golden_learning_rates(golden: Any, schedule_case: str) -> None:
+    settings = golden.report("optim/lr_schedule.json")["configs"][schedule_case]
+    held = golden.arrays("optim/lr_schedule.npz")
+    rates = held[f"{schedule_case}__lr"]
+    assert len(rates)
+    if f"{schedule_case}__step" in held:
+        steps, epoch = held[f"{schedule_case}__step"], None
+    else:
+        epochs, within = held[f"{schedule_case}__epoch_iter"].T
+        epoch = int(within.max()) + 1
+        steps = epochs * epoch + within
+    schedule = make_schedule(optimizer_config(settings, epoch=epoch))
+    np.testing.assert_allclose(schedule(steps), rates, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(schedule)(jnp.asarray(steps)), rates, rtol=1e-6)
+
+
+# --- weight decay ---
+
+
+def trained_shape(golden: Any, name: str) -> tuple[int, ...]:
+    """Shape of a parameter, by its name in the whole model of the original, from the set's files."""
+    if name.startswith("visual_encoder."):
+        part = name.removeprefix("visual_encoder.")
+        return open_source(golden.folder / "eva_vit" / "eva_vit.pth").shape(part)
+    if name.startswith("llama_proj."):
+        return open_source(golden.folder / "minigpt4_noqf" / "proj.pth").shape(name)
+    if "lora_" in name:
+        for file in sorted((golden.folder / "optim").glob("traj_*.npz")):
+            with np.load(file) as held:
+                if f"init__{name}" in held.files:
+                    return held[f"init__{name}"].shape
+    return open_source(golden.folder / "qformer" / "blip2_qformer.pth").shape(name)
+
+
+def test_golden_weight_decay_groups(golden: Any, group_case: str) -> None:
+    facts = golden.report("optim/param_groups.json")[group_case]
+    decayed, spared = facts["weight_decay"], facts["no_weight_decay"]
+    tree = {
+        name: jax.ShapeDtypeStruct(trained_shape(golden, name), jnp.float32)
+        for name in [*decayed, *spared]
+    }
+    assert len(tree) == len(decayed) + len(spared) > 0
+    assert {name for name, decays in decays_weight(tree).items() if decays} == set(decayed)
+    (beta1, beta2), ours = facts["betas"], OptimizerConfig()
+    assert (ours.beta1, ours.eps, facts["amsgrad"]) == (beta1, facts["eps"], False)
+    assert facts["decay_values"] == [ours.weight_decay, 0]
+    assert dataclasses.replace(ours, beta2=beta2).beta2 == beta2
+
+
+# --- runs ---
+
+
+class Run:
+    """A training run of the original."""
+
+    def __init__(self, golden: Any, name: str) -> None:
+        self.facts = golden.report("optim/trajectories.json")[name]
+        self.held = golden.arrays(f"optim/traj_{name}.npz")
+        self.config = optimizer_config(self.facts["run_cfg"])
+
+    def weights(self, when: str) -> dict[str, np.ndarray]:
+        """By the original's names and in its layout: `init`, `after_first_update` or `final`."""
+        return {
+            name.removeprefix(f"{when}__"): value
+            for name, value in self.held.items()
+            if name.startswith(f"{when}__")
+        }
+
+    @property
+    def is_tiny(self) -> bool:
+        start = self.weights("init")
+        return all(np.abs(w - start[n]).max() < TINY for n, w in self.weights("final").items())
+
+    def require_weights(self, found: dict[str, Any], when: str) -> None:
+        expected = self.weights(when)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                found[name],
+                value,
+                rtol=0,
+                atol=TINY_WEIGHTS if self.is_tiny else WEIGHTS,
+                err_msg=name,
+            )
+
+
+def test_golden_rates_and_updates_of_a_run(golden: Any, run_case: str) -> None:
+    run = Run(golden, run_case)
+    steps = np.arange(len(run.held["lr_used"]))
+    np.testing.assert_allclose(make_schedule(run.config)(steps), run.held["lr_used"], rtol=1e-9)
+    tx = make_optimizer(run.config)
+    params = {"kernel": jnp.zeros((2, 2))}
+    state, closed = tx.init(params), []
+    update = jax.jit(
+        lambda state: tx.update({"kernel": jnp.ones((2, 2))}, state, params, num_targets=1)
+    )
+    for step in steps:
+        updates, state = update(state)
+        if np.asarray(updates["kernel"]).any():
+            closed.append(step + 1)
+    np.testing.assert_array_equal(closed, run.held["micro_steps_before_each_update"])
+
+
+def test_golden_first_update_of_a_run(golden: Any, projection_run_case: str) -> None:
+    # Adam's first update goes by the rate along the gradient's sign, so the recorded weights tell the sign: what is
+    # compared is the rate, the batch at which it comes, and the weight decay.
+    run = Run(golden, projection_run_case)
+    start = jax.tree.map(jnp.asarray, run.weights("init"))
+    after = run.weights("after_first_update")
+    batches_before = int(run.held["micro_steps_before_each_update"][0])
+    rate = make_schedule(run.config)(batches_before - 1)
+    decays = decays_weight(start)
+    grads = {
+        name: jnp.sign(weight * (1 - rate * run.config.weight_decay * decays[name]) - after[name])
+        for name, weight in start.items()
+    }
+    tx = make_optimizer(run.config)
+    found, state = start, tx.init(start)
+    for _ in range(batches_before):
+        updates, state = tx.update(grads, state, found, num_targets=1)
+        found = optax.apply_updates(found, updates)
+    run.require_weights(found, "after_first_update")
+
+
+def known_ids(golden: Any) -> dict[str, list[int]]:
+    """Text -> ids, from what the original embedded in the forwards of MiniGPT-v2 with pictures: segments and answers.
+
+    An answer's ids have their end symbol and are cut as they were; padding behind them is taken off.
+    """
+    known: dict[str, list[int]] = {}
+    for case in golden.report("minigptv2/cases.json").values():
+        texts = case.get("prompts_given_to_prompt_wrap", [])
+        if "answer" not in case or not all(PLACEHOLDER in text for text in texts):
+            continue
+        recorded = iter(case["embedded_id_sequences_in_order"])
+        segments = [segment for text in texts for segment in text.split(PLACEHOLDER)]
+        known.update((segment, next(recorded)[0]) for segment in segments)
+        padding = next(recorded)
+        for answer, ids in zip(case["answer"], next(recorded), strict=True):
+            kept = [i for i, token in enumerate(ids) if token != padding]
+            known[answer] = ids[: kept[-1] + 1]
+        known["padding"] = [padding]
+    return known
+
+
+class LoraRun(Run):
+    """A run of MiniGPT-v2, whose model is ours once the LoRA is added to the weights."""
+
+    def __init__(self, golden: Any, name: str) -> None:
+        super().__init__(golden, name)
+        images = golden.pictures(f"optim/traj_{name}.npz")
+        config, params = golden.minigpt4(images.shape[1], variant="minigptv2")
+        _, self.base = golden.llama("llama_mha")
+        self.golden = golden
+        self.model = make_model(config, layout=DISK, dtype=jnp.float32)
+        tokens, _ = apply_method(self.model, params, "encode_vision", images)
+        template = golden.report("minigptv2/cases.json")["forward_instruction"]["prompt_template"]
+        known, bos = known_ids(golden), golden.special_ids("llama_mha")["bos"]
+        examples = []
+        samples = self.facts["samples"]
+        for text, answer in zip(samples["instruction_input"], samples["answer"], strict=True):
+            segments = [known[segment] for segment in template.format(text).split(PLACEHOLDER)]
+            prompt = batches.wrap_images(segments, config.num_image_tokens)
+            examples.append(
+                batches.join_example(
+                    [bos, *prompt], known[answer], ignored_targets=known["padding"]
+                )
+            )
+        batch = batches.collate(examples, range(len(examples)), length_multiple=8)
+        fields = {name: jnp.asarray(x) for name, x in batch.items() if name != "image_index"}
+        self.batch = TrainBatch(**fields, patches=tokens[:, 1:])
+
+    def loss(self, trained: dict[str, Any]) -> Any:
+        params = self.golden.with_trained(self.base, trained)
+        frozen = {"llama": params["llama"]}
+        return loss_fn(params["llama_proj"], frozen, self.batch, model=self.model)[0]
+
+
+def test_golden_run_of_projection_and_lora(golden: Any, v2_run_case: str) -> None:
+    run = LoraRun(golden, v2_run_case)
+    tx = make_optimizer(run.config)
+    num_targets = int(run.batch.target_mask.sum())
+
+    @jax.jit
+    def step(trained: Any, opt_state: Any) -> Any:
+        loss, grads = jax.value_and_grad(run.loss)(trained)
+        updates, opt_state = tx.update(grads, opt_state, trained, num_targets=num_targets)
+        return optax.apply_updates(trained, updates), opt_state, loss
+
+    trained: Any = jax.tree.map(jnp.asarray, run.weights("init"))
+    opt_state, losses = tx.init(trained), []
+    for number in range(1, len(run.held["losses"]) + 1):
+        trained, opt_state, loss = step(trained, opt_state)
+        losses.append(float(loss))
+        if number == run.held["micro_steps_before_each_update"][0]:
+            run.require_weights(trained, "after_first_update")
+    tolerance = TINY_LOSS if run.is_tiny else LOSS
+    np.testing.assert_allclose(losses, run.held["losses"], rtol=0, atol=tolerance)
+    run.require_weights(trained, "final")
+
+
+# --- checkpoints ---
+
+
+def test_golden_checkpoint_of_the_trainer_starts_a_run(
+    golden: Any, trainer_checkpoint: str
+) -> None:
+    import torch
+
+    path = golden.folder / "optim" / trainer_checkpoint
+    saved = torch.load(path, weights_only=True)
+    width, width_in = saved["model"]["llama_proj.weight"].shape
+    model, _ = golden.llama("llama_mha")
+    vit = dataclasses.replace(model.vit, width=width_in, num_heads=1)
+    config = dataclasses.replace(model, vit=vit, patches_per_token=1)
+    assert config.llama.width == width
+    projection, _ = read_projection(path, config)
+    found = {"llama_proj.weight": projection["kernel"].T, "llama_proj.bias": projection["bias"]}
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, saved["model"][name].numpy())
+    # It is the end of the run with its settings, if the set holds that one.
+    runs = golden.report("optim/trajectories.json")
+    ends = [name for name, facts in runs.items() if facts["run_cfg"] == saved["config"]["run"]]
+    for name in ends:
+        final = Run(golden, name).weights("final")
+        assert all((final[key] == value).all() for key, value in found.items())

@@ -1,0 +1,73 @@
+"""configs/train: the examples hold the numbers that the published models were trained with, and say what they lack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigpt4_jax import cli
+from minigpt4_jax.config import TrainConfig, load
+from minigpt4_jax.data.prompts import load_prompts
+from minigpt4_jax.presets import PRESETS
+
+FOLDER = Path(__file__).parents[1] / "configs" / "train"
+RUNS = {
+    "minigpt4_stage1": {"init_lr": 1e-4, "min_lr": 8e-5, "warmup_steps": 5000, "iters_per_epoch": 5000, "epochs": 4},
+    "minigpt4_stage2": {"init_lr": 3e-5, "min_lr": 1e-5, "warmup_steps": 200, "iters_per_epoch": 200, "epochs": 5},
+}  # fmt: skip
+"""The original's `train_configs/minigpt4_{stage1_pretrain,stage2_finetune}.yaml`."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_published_runs_have_the_originals_numbers_and_its_schedule(name: str) -> None:
+    optimizer = load(TrainConfig, FOLDER / f"{name}.yaml").optimizer
+    published: dict[str, Any] = dict(RUNS[name])
+    epochs = published.pop("epochs")
+    assert {key: getattr(optimizer, key) for key in published} == published
+    assert optimizer.max_steps == epochs * optimizer.iters_per_epoch
+    assert optimizer.lr_sched == "linear_warmup_cosine_lr"
+    assert (optimizer.name, optimizer.warmup_lr, optimizer.weight_decay) == ("adamw", 1e-6, 0.05)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert optimizer.accum_grad_iters == 1
+
+
+def test_published_runs_have_the_originals_words() -> None:
+    first = load(TrainConfig, FOLDER / "minigpt4_stage1.yaml").data
+    assert (first.prompts, first.end_sym, first.max_text_len) == ((), "\n", 32)
+    assert first.batch_size == 4 * 64
+    second = load(TrainConfig, FOLDER / "minigpt4_stage2.yaml").data
+    assert (len(second.prompts), second.end_sym, second.max_text_len) == (4, "###", 160)
+    assert second.batch_size == 12
+    for data in (first, second):
+        assert (data.template, data.max_context_len) == ("vicuna_v0", 3800)
+        assert data.truncate
+        assert data.mask_pad_token
+
+
+def test_prompts_in_a_file_as_the_original_writes_them_are_the_listed_ones(tmp_path: Path) -> None:
+    listed = load(TrainConfig, FOLDER / "minigpt4_stage2.yaml").data.prompts
+    file = tmp_path / "alignment.txt"
+    file.write_text("".join(f"<Img><ImageHere></Img> {prompt}\n" for prompt in listed))
+    assert load_prompts(file) == listed
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_configuration_for_a_model_that_is_not_here_says_so_and_stops(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_set_up_jax", lambda: None)
+    file = FOLDER / f"{name}.yaml"
+    preset = load(TrainConfig, file).preset
+    assert preset not in PRESETS, f"{preset} is here now: take the note out of {file.name}"
+    assert "is not in this version" in file.read_text().replace("\n# ", " ")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert f"preset {preset!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_configuration_reads_by_itself_in_at_most_45_lines(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert 15 <= len(lines) <= 45
+    assert lines[0].startswith("# ")

@@ -179,7 +179,7 @@ def test_a_picture_that_cannot_fit_is_refused_and_nothing_is_lost(tokenizer: Tok
     assert (raised.value.used, raised.value.room, raised.value.limit) == (needed, 1, needed)
     assert chat.pictures == ("one",)
     assert chat.text().count("<ImageHere>") == 1
-    assert chat.ask("Why").count(IMAGE_TOKEN_ID) == IMAGE_TOKENS
+    assert chat.ask("Hm").count(IMAGE_TOKEN_ID) == IMAGE_TOKENS
     chat = conversation(tokenizer, context=needed + 1)
     chat.add_image("one")
     chat.add_image("two")

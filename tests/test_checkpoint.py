@@ -233,6 +233,15 @@ def test_a_fresh_run_has_nothing_to_restore(tmp_path: Path) -> None:
     with TrainCheckpoints(tmp_path, max_to_keep=2) as checkpoints:
         assert checkpoints.latest_step is None
         assert checkpoints.restore_latest(abstract(make_state())) is None
+        assert checkpoints.latest_meta() is None
+
+
+def test_the_meta_of_the_newest_step_is_read_whatever_its_arrays_are(tmp_path: Path) -> None:
+    with TrainCheckpoints(tmp_path, max_to_keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(), data_state={}, meta={"seed": step})
+    with TrainCheckpoints(tmp_path, max_to_keep=2) as checkpoints:
+        assert checkpoints.latest_meta() == {"seed": 2}
 
 
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path) -> None:

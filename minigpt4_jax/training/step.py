@@ -79,7 +79,7 @@ def make_train_step(
         projection = optax.apply_updates(state.projection, updates)
         numbers = StepNumbers(
             loss=loss,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             image_token_std=jnp.std(image_embeds.astype(jnp.float32)),
         )
         return TrainState(step=state.step + 1, projection=projection, opt_state=opt_state), numbers

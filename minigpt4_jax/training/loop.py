@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,29 @@ import numpy as np
 from minigpt4_jax.checkpoint import TrainCheckpoints
 from minigpt4_jax.config import TrainConfig, UserError
 from minigpt4_jax.data.batches import Batch
-from minigpt4_jax.data.datasets import CcSbuAlign, make_pipeline
-from minigpt4_jax.data.images import load_image, preprocess
+from minigpt4_jax.data.datasets import Part, image_offsets, open_sources
+from minigpt4_jax.data.encoding import Encoder
+from minigpt4_jax.data.faults import SampleFault
+from minigpt4_jax.data.pipeline import Pipeline, make_pipeline
 from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
-from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, make_model
+from minigpt4_jax.models.minigpt4 import Params, make_model
 from minigpt4_jax.presets import Preset, get_preset
-from minigpt4_jax.training.features import Features, encode_features, fingerprint
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import Metrics, make_progress
 from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
 from minigpt4_jax.training.state import Projection, TrainBatch, init_state
 from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
-FEATURE_BATCH = 16
 FREE_SETTINGS = (
     "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep"
 )  # fmt: skip
 """Settings that may change when a run is resumed: no number depends on them."""
+FREE_DATA_SETTINGS = ("max_corrupt_share", "num_threads")
+"""Likewise, inside `data`."""
 Save = Callable[[Path, Projection], None]
 """Writes a finished projection; `convert` knows the file format, training does not."""
 
@@ -63,17 +66,23 @@ def train(
         UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
-    if not config.workdir or not config.data.folder:
+    if not config.workdir or not config.data.all_sources():
         raise UserError(
-            f"workdir is {config.workdir!r} and data.folder is {config.data.folder!r}; expected two folders. Set them "
-            "in the YAML or append workdir=RUN data.folder=SET to the command."
+            f"workdir is {config.workdir!r} and data.folder is {config.data.folder!r}; expected two folders (or "
+            "data.sources instead of the second). Set them in the YAML or append workdir=RUN data.folder=SET to the "
+            "command."
         )
     preset = get_preset(config.preset)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     dtype = _frozen_dtype(config.dtype)
-    source = CcSbuAlign(config.data.folder)
-    features = prepare_features(config, preset, source, params)
+    with make_progress() as progress:
+        task = progress.add_task("indexing shards", total=None, numbers="", visible=False)
+        parts = open_sources(
+            config.data,
+            progress=lambda done, of: progress.update(task, completed=done, total=of, visible=True),
+        )
+    vision = make_vision(config, preset, parts, params, dtype=dtype)
 
     model = make_model(preset.model, layout=TRAIN, dtype=dtype)
     frozen = {
@@ -87,18 +96,7 @@ def train(
 
     with (
         TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
-        make_pipeline(
-            source,
-            seed=config.data.seed,
-            batch_size=config.data.batch_size,
-            prompts=config.data.prompts,
-            template=get_template(config.data.template),
-            tokenizer=tokenizer,
-            num_image_tokens=preset.model.num_image_tokens,
-            max_text_len=config.data.max_text_len,
-            length_multiple=config.data.length_multiple,
-            max_positions=preset.model.llama.max_positions,
-        ) as batches,
+        make_batches(config, preset, parts, vision, tokenizer) as batches,
         _stop_after_step() as stop,
     ):
         meta = {"run": _identity(config)}
@@ -111,7 +109,7 @@ def train(
             state, step = restored.state, restored.step
         else:
             projection = start or _initial_projection(
-                config, preset, source, features, tokenizer, params
+                config, preset, parts, vision, tokenizer, params
             )
             # A copy: the step donates its state, and `start` is the caller's.
             state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
@@ -121,7 +119,7 @@ def train(
             workdir, start_step=step, max_steps=max_steps, log_every=config.log_every
         ) as metrics:
             while step < max_steps:
-                batch = _to_device(next(batches), features)
+                batch = _to_device(next(batches), vision)
                 state, loss = train_step(state, frozen, batch)
                 step += 1
                 value = float(loss)
@@ -150,33 +148,40 @@ def train(
     return trained
 
 
-def prepare_features(
-    config: TrainConfig, preset: Preset, source: CcSbuAlign, params: Params
-) -> Features:
-    """Vision features of every picture of `source`, in the order of `source.image_ids`."""
-    paths = [source.image_path(image_id) for image_id in source.image_ids]
-    size, mean, std = preset.model.vit.image_size, preset.image_mean, preset.image_std
-    key = fingerprint(paths, params, preprocessing=f"square bicubic {size} {mean} {std}")
-    model: MiniGPT4 = make_model(preset.model, layout=DISK, dtype=jnp.float32)
-    with make_progress() as progress:
-        task = progress.add_task("encoding pictures", total=len(paths), numbers="")
-        return encode_features(
-            paths,
-            folder=Path(config.feature_cache or Path(config.workdir) / "features"),
-            key=key,
-            model=model,
-            params=params,
-            preprocess=lambda path: preprocess(load_image(path), size=size, mean=mean, std=std),
-            batch_size=FEATURE_BATCH,
-            advance=lambda count: progress.advance(task, count),
-        )
+def make_batches(
+    config: TrainConfig,
+    preset: Preset,
+    parts: Sequence[Part],
+    vision: Vision,
+    tokenizer: Tokenizer,
+) -> Pipeline:
+    """The stream of batches over `parts` in the words of `config.data`."""
+    encoder = Encoder(
+        get_template(config.data.template),
+        tokenizer,
+        prompts=config.data.prompts,
+        num_image_tokens=preset.model.num_image_tokens,
+        max_text_len=config.data.max_text_len,
+        max_positions=preset.model.llama.max_positions,
+    )
+    return make_pipeline(
+        parts,
+        encoder,
+        seed=config.data.seed,
+        batch_size=config.data.batch_size,
+        length_multiple=config.data.length_multiple,
+        max_corrupt_share=config.data.max_corrupt_share,
+        pictures=vision.pictures,
+        bad_images=vision.bad_images,
+        num_threads=config.data.num_threads,
+    )
 
 
 def _initial_projection(
     config: TrainConfig,
     preset: Preset,
-    source: CcSbuAlign,
-    features: Features,
+    parts: Sequence[Part],
+    vision: Vision,
     tokenizer: Tokenizer,
     params: Params,
 ) -> Projection:
@@ -184,12 +189,20 @@ def _initial_projection(
     if config.init_projection == "random":
         key = jax.random.key(config.seed)
         return random_projection(preset.model, key, embed_std=float(embedding.std()))
-    examples = [source[i] for i in range(len(source))]
+    assert isinstance(vision, CachedVision)  # TrainConfig sees to it
+    rows, captions = [], []
+    for part, offset in zip(parts, image_offsets(parts), strict=True):
+        for index in range(len(part.source)):
+            with contextlib.suppress(SampleFault):  # the stream counts these
+                example = part.source[index]
+                if offset + example.image_row not in vision.bad_images:
+                    rows.append(offset + example.image_row)
+                    captions.append(tokenizer.encode(part.process(example.exchanges[0].answer)))
     return ridge_projection(
         preset.model,
-        features,
-        np.asarray([source.image_row(example.image_id) for example in examples]),
-        caption_targets([tokenizer.encode(e.caption) for e in examples], embedding),
+        vision.features,
+        np.asarray(rows),
+        caption_targets(captions, embedding),
         within=RIDGE_WITHIN,
         penalty=RIDGE_PENALTY,
     )
@@ -224,18 +237,19 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers; a checkpoint is continued only under the same ones."""
     settings = dataclasses.asdict(config)
     flat = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-    flat["data"] = {**flat["data"], "prompts": list(flat["data"]["prompts"])}
+    data = {name: v for name, v in flat["data"].items() if name not in FREE_DATA_SETTINGS}
+    flat["data"] = {**data, "prompts": list(data["prompts"])}
     return flat
 
 
-def _to_device(batch: Batch, features: Features) -> TrainBatch:
+def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
     return TrainBatch(
         token_ids=jnp.asarray(batch["token_ids"]),
         attention_mask=jnp.asarray(batch["attention_mask"]),
         target_positions=jnp.asarray(batch["target_positions"]),
         target_ids=jnp.asarray(batch["target_ids"]),
         target_mask=jnp.asarray(batch["target_mask"]),
-        patches=jnp.asarray(features[batch["image_index"]], jnp.float32),
+        patches=vision.patches(batch),
     )
 
 

@@ -247,6 +247,13 @@ def answer_cases() -> list[tuple[str, str]]:
     ]
 
 
+def caption_cases() -> list[tuple[str, int]]:
+    """(configuration, number) of every caption that the original's processor was given."""
+    report = "images/report.json"
+    pairs = GOLDEN.report(report).get("blip_caption", {}) if GOLDEN.has(report) else {}
+    return [(name, number) for name, held in pairs.items() for number in range(len(held))]
+
+
 def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
 
@@ -261,6 +268,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "encode_case": encode_cases,
     "forward_case": forward_cases,
     "answer_case": answer_cases,
+    "caption_case": caption_cases,
 }
 
 NOT_HELD = object()
@@ -273,7 +281,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def case_id(case: Any) -> str:
-    return "-".join(case) if isinstance(case, tuple) else str(case)
+    return "-".join(map(str, case)) if isinstance(case, tuple) else str(case)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

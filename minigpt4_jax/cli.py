@@ -269,7 +269,7 @@ def _save_projection(config: TrainConfig, path: Path, projection: Projection) ->
         attribution=config.attribution,
         frozen_parts={"vit": VISION.member_sha256, "llama": LANGUAGE.member_sha256},
         training={
-            "set": Path(config.data.folder).name,
+            "set": ", ".join(Path(s.path).name for s in config.data.all_sources().values()),
             "start": Path(config.init_projection).name,
             "batch_size": config.data.batch_size,
             "optimizer": dataclasses.asdict(config.optimizer),

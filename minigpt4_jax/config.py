@@ -155,6 +155,30 @@ class ModelConfig:
 
 
 PROMPTS = ("What is this?",)
+SOURCE_KINDS = ("cc_sbu_align", "jsonl", "tar", "array_record", "tfds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of the sources that a run mixes."""
+
+    kind: str
+    """`cc_sbu_align` (a folder), `jsonl` (a file of one's own), `tar` (webdataset shards), `array_record`, `tfds`."""
+    path: str
+    """The folder or file; for tars also a pattern such as `laion/*.tar`."""
+    weight: float = 1.0
+    """A source of weight 115 beside one of 14 gives 115 of every 129 samples, exactly."""
+    caption_processor: str = "none"
+    """`none`, or `blip_caption` for web captions, as the original reads them."""
+    index: str = ""
+    """Of tars: where their index is kept. Empty: in their folder."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "weight")
+        if self.kind not in SOURCE_KINDS:
+            raise UserError(
+                f"The kind of a source is {self.kind!r}; expected one of {', '.join(SOURCE_KINDS)}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +186,15 @@ class DataConfig:
     """What a run reads, and in which words the picture is asked about."""
 
     folder: str = ""
-    """A folder in the `cc_sbu_align` format: `filter_cap.json` and `image/{image_id}.jpg`."""
+    """Short for one source: a folder in the `cc_sbu_align` format (`filter_cap.json` and `image/{image_id}.jpg`)."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """By name; give these or `folder`."""
+    max_corrupt_share: float = 0.01
+    """A corrupt sample is replaced and counted; when more of a source than this share is corrupt, the run stops."""
+    random_resized_crop: bool = False
+    """A random part of each picture, as the released v1 weights were trained (see data/pixels.py)."""
+    num_threads: int = 1
+    """Threads that make batches ahead; more where pictures are decoded during training."""
     prompts: tuple[str, ...] = PROMPTS
     """One is drawn per sample (seeded by its index) where the annotation brings no prompt of its own. An empty list is
     the original's first stage: no prompt, not even the template's, only bos, picture and caption."""
@@ -186,12 +218,29 @@ class DataConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "length_multiple", "max_text_len", "max_context_len")
+        _require_positive(
+            self, "batch_size", "length_multiple", "max_text_len", "max_context_len", "num_threads"
+        )
+        if not 0 <= self.max_corrupt_share <= 1:
+            raise UserError(
+                f"data.max_corrupt_share is {self.max_corrupt_share}; expected a share from 0 to 1."
+            )
+        if self.folder and self.sources:
+            raise UserError(
+                f"data.folder is {self.folder!r} and data.sources has {', '.join(self.sources)}; expected one of "
+                "the two. Write the folder as a source of the kind cc_sbu_align."
+            )
         if self.prompt_path and self.prompts != PROMPTS:
             raise UserError(
                 f"data.prompt_path is {self.prompt_path!r} and data.prompts is {list(self.prompts)}; expected one of "
                 "the two. Remove the other."
             )
+
+    def all_sources(self) -> dict[str, SourceConfig]:
+        """The sources, with `folder` written out."""
+        if self.folder:
+            return {"folder": SourceConfig(kind="cc_sbu_align", path=self.folder)}
+        return self.sources
 
 
 OPTIMIZERS = ("adamw", "muon")
@@ -278,6 +327,8 @@ class TrainConfig:
     """Storage and compute dtype of the frozen weights: `float32`, `bfloat16`, or `auto` (float32 on a CPU)."""
     feature_cache: str = ""
     """Where the frozen vision features are kept. Empty: `<workdir>/features`."""
+    cache_features: bool = True
+    """Pictures are encoded once, before training. False: in every step, for sets too large for that."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     licence: str = ""
@@ -295,6 +346,16 @@ class TrainConfig:
         _require_positive(self, "save_every", "log_every", "max_to_keep")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}; expected one of auto, float32, bfloat16.")
+        if self.data.random_resized_crop and self.cache_features:
+            raise UserError(
+                "data.random_resized_crop is true with cache_features true; expected one view per picture in a cache. "
+                "Set cache_features=false, or leave the crop out."
+            )
+        if self.init_projection == "ridge" and not self.cache_features:
+            raise UserError(
+                "init_projection is 'ridge' with cache_features false; expected random or a file: the closed form "
+                "needs the features of all pictures. Set init_projection=random."
+            )
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Samples as token ids, and samples put together to a padded batch.
 
 For: the sequence layout of training, `[bos][prompt with image placeholders][answer and end symbol]`, which tokens
-count in the loss, and padding. Not for: text (`prompts.py`), reading files (`datasets.py`), the loss (`training/`).
+count in the loss, and padding. Not for: text (`prompts.py`), reading files (`sources.py`), the loss (`training/`).
 
 Differs from the original: it builds the layout from embeddings inside the model's forward and pads answers before
 they are appended; here it is ids, ready before the model is called, padded once, on the right. An answer that is too
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, UserError
 from minigpt4_jax.data.prompts import (
@@ -43,7 +43,9 @@ class Batch(TypedDict):
     target_ids: Int32[np.ndarray, "B A"]
     target_mask: Bool[np.ndarray, "B A"]
     image_index: Int32[np.ndarray, " B"]
-    """Row of the sample's picture in the feature cache: its place in the source's `image_ids`."""
+    """Number of the sample's picture among the pictures of all sources: its row in the feature cache."""
+    pixels: NotRequired[Float32[np.ndarray, "B H W 3"]]
+    """The normalised pictures, where the run trains from pixels."""
 
 
 @dataclass(frozen=True)

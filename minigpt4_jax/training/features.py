@@ -1,7 +1,8 @@
 """Frozen vision features, computed once per picture and kept in a memory-mapped float16 file.
 
 Exact as long as a picture is always seen the same way (no random crop): the tower is frozen. The file is keyed by the
-pictures, the preprocessing and the tower's weights; a file with another key is not used.
+pictures, the preprocessing and the tower's weights; a file with another key is not used. A picture that cannot be
+decoded is noted beside the file. Not for: sets too large to be encoded beforehand (`vision.py` encodes in the loop).
 """
 
 from __future__ import annotations
@@ -9,88 +10,124 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float16
 
 from minigpt4_jax.config import UserError
+from minigpt4_jax.data.faults import SampleFault
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, apply_method
 
 Features = Float16[np.ndarray, "N P C"]
 
 
-def fingerprint(images: Sequence[Path], params: Params, *, preprocessing: str) -> str:
-    """SHA-256 over every picture's bytes, the preprocessing's description and the tower's weights."""
+class Encoded(NamedTuple):
+    """Features of all pictures, and which of them are none."""
+
+    features: Features
+    faults: dict[int, SampleFault]
+    """By row: pictures that could not be decoded. Their features are zeros and must not be used."""
+
+
+def fingerprint(images: Iterable[bytes], params: Params, *, preprocessing: str) -> str:
+    """SHA-256 over every picture's file, the preprocessing's description and the tower's weights."""
     digest = hashlib.sha256(preprocessing.encode())
     for leaf in jax.tree.leaves({"vit": params["vit"], "ln_vision": params["ln_vision"]}):
         digest.update(np.asarray(leaf).tobytes())
-    for path in images:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for data in images:
+        digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
 
 
 def encode_features(
-    images: Sequence[Path],
+    count: int,
     *,
     folder: Path,
     key: str,
     model: MiniGPT4,
     params: Params,
-    preprocess: Callable[[Path], np.ndarray],
+    preprocess: Callable[[int], np.ndarray],
     batch_size: int,
     advance: Callable[[int], None],
-) -> Features:
-    """Returns features `[N, P, C]` (class token dropped) for the pictures, from `folder` if they are there.
+) -> Encoded:
+    """Returns features `[N, P, C]` (class token dropped) of `count` pictures, from `folder` if they are there.
 
     An interrupted encoding continues where it stopped. Half a file never passes for a whole one: it has another name
     until the last row is written.
 
     Args:
         key: from `fingerprint`; part of the file's name.
-        preprocess: path -> float32 `[H, W, 3]`, normalised.
+        preprocess: number of a picture -> float32 `[H, W, 3]`, normalised; or raises `SampleFault`.
         advance: called with the number of newly finished pictures.
 
     Raises:
         UserError: the finished file does not have the expected shape.
     """
     cfg = model.config.vit
-    shape = (len(images), cfg.num_patches, cfg.width)
+    shape = (count, cfg.num_patches, cfg.width)
     folder.mkdir(parents=True, exist_ok=True)
-    done_path = folder / f"{key[:16]}.npy"
+    done_path, faults_path = folder / f"{key[:16]}.npy", folder / f"{key[:16]}.faults.json"
     if done_path.exists():
         features: Features = np.load(done_path, mmap_mode="r")
         if features.shape != shape:
             raise UserError(
                 f"{done_path} has shape {features.shape}; expected {shape}. Delete it to encode again."
             )
-        advance(len(images))
-        return features
+        advance(count)
+        known = json.loads(faults_path.read_text()) if faults_path.exists() else {}
+        return Encoded(features, _read_faults(known))
 
     partial, counter = folder / f"{key[:16]}.partial.npy", folder / f"{key[:16]}.partial.json"
-    start = json.loads(counter.read_text())["done"] if counter.exists() and partial.exists() else 0
+    start, faults = 0, {}
+    if counter.exists() and partial.exists():
+        before = json.loads(counter.read_text())
+        start, faults = before["done"], before["faults"]
     store = np.lib.format.open_memmap(
         partial, mode="r+" if start else "w+", dtype=np.float16, shape=shape
     )
     if not start:  # a full disk is an error here and now, not a bus error in the middle
         with partial.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-    encode = jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0][:, 1:])
+    encode = make_encoder(model)
     vision = {"vit": params["vit"], "ln_vision": params["ln_vision"]}
     advance(start)
-    for first in range(start, len(images), batch_size):
-        paths = images[first : first + batch_size]
-        pixels = np.stack([preprocess(path) for path in paths])
-        padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(paths), axis=0)])
-        store[first : first + len(paths)] = np.asarray(encode(vision, padded))[: len(paths)]
+    for first in range(start, count, batch_size):
+        last = min(count, first + batch_size)
+        pixels = np.zeros((batch_size, cfg.image_size, cfg.image_size, 3), np.float32)
+        bad = []
+        for row in range(first, last):
+            try:
+                pixels[row - first] = preprocess(row)
+            except SampleFault as fault:
+                faults[str(row)] = [fault.reason, str(fault)]
+                bad.append(row)
+        store[first:last] = np.asarray(encode(vision, pixels))[: last - first]
+        store[bad] = 0
         store.flush()
-        beside = counter.with_suffix(".tmp")
-        beside.write_text(json.dumps({"done": first + len(paths)}))
-        os.replace(beside, counter)
-        advance(len(paths))
+        _write_json(counter, {"done": last, "faults": faults})
+        advance(last - first)
+    if faults:
+        _write_json(faults_path, faults)
     os.replace(partial, done_path)
     counter.unlink(missing_ok=True)
     whole: Features = np.load(done_path, mmap_mode="r")
-    return whole
+    return Encoded(whole, _read_faults(faults))
+
+
+def make_encoder(model: MiniGPT4) -> Callable[[Params, np.ndarray], jax.Array]:
+    """The compiled tower: `vit` and `ln_vision` parameters and pixels [B, H, W, 3] to patches [B, P, C]."""
+    return jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0][:, 1:])
+
+
+def _read_faults(faults: dict[str, list[str]]) -> dict[int, SampleFault]:
+    return {int(row): SampleFault(*fault) for row, fault in faults.items()}
+
+
+def _write_json(path: Path, content: object) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content))
+    os.replace(beside, path)

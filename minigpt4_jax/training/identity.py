@@ -23,6 +23,8 @@ FREE_SETTINGS = (
     "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep", "tensorboard"
 )  # fmt: skip
 """Settings that may change when a run is resumed: no number depends on them."""
+FREE_DATA_SETTINGS = ("max_corrupt_share", "num_threads")
+"""Likewise, inside `data`."""
 
 
 def run_prompts(config: DataConfig) -> tuple[str, ...]:
@@ -41,6 +43,8 @@ def run_identity(
     """
     settings = dataclasses.asdict(config)
     identity = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    for name in FREE_DATA_SETTINGS:
+        del identity["data"][name]
     identity["data"]["prompts"] = run_prompts(config.data)
     identity["frozen_weights"] = hash_tree(frozen)
     identity["start_projection"] = None if start is None else hash_tree(start)

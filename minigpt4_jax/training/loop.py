@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import optax
 
 from minigpt4_jax.config import TrainConfig, UserError
 from minigpt4_jax.data.batches import Batch
-from minigpt4_jax.data.datasets import CcSbuAlign, Pipeline, make_pipeline
-from minigpt4_jax.data.images import load_image, preprocess
+from minigpt4_jax.data.datasets import Part, image_offsets, open_sources
+from minigpt4_jax.data.encoding import Encoder
+from minigpt4_jax.data.faults import SampleFault
+from minigpt4_jax.data.pipeline import Pipeline, make_pipeline
 from minigpt4_jax.data.prompts import (
     encode_pieces,
     end_symbol_pieces,
@@ -30,19 +32,18 @@ from minigpt4_jax.data.prompts import (
 )
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
-from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, make_model
+from minigpt4_jax.models.minigpt4 import Params, make_model
 from minigpt4_jax.presets import Preset, get_preset
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
-from minigpt4_jax.training.features import Features, encode_features, fingerprint
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import Metrics, make_progress
 from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState, init_state
 from minigpt4_jax.training.step import StepNumbers, make_train_step
+from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
-FEATURE_BATCH = 16
 Save = Callable[[Path, Projection], None]
 """Writes a finished projection; `convert` knows the file format, training does not."""
 TakeStep = Callable[[TrainState, Batch], tuple[TrainState, StepNumbers]]
@@ -67,10 +68,11 @@ def train(
         UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
-    if not config.workdir or not config.data.folder:
+    if not config.workdir or not config.data.all_sources():
         raise UserError(
-            f"workdir is {config.workdir!r} and data.folder is {config.data.folder!r}; expected two folders. Set them "
-            "in the YAML or append workdir=RUN data.folder=SET to the command."
+            f"workdir is {config.workdir!r} and data.folder is {config.data.folder!r}; expected two folders (or "
+            "data.sources instead of the second). Set them in the YAML or append workdir=RUN data.folder=SET to the "
+            "command."
         )
     preset = get_preset(config.preset)
     workdir = Path(config.workdir)
@@ -80,10 +82,11 @@ def train(
         # First of all: minutes of encoding for a run that is then refused would be in vain.
         meta = {"run": run_identity(config, frozen=params, start=start)}
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
-        source = CcSbuAlign(config.data.folder)
-        features = prepare_features(config, preset, source, params)
+        parts = _open_sources(config)
+        dtype = _frozen_dtype(config.dtype)
+        vision = make_vision(config, preset, parts, params, dtype=dtype)
         with (
-            make_batches(config, preset, source, tokenizer) as batches,
+            make_batches(config, preset, parts, vision, tokenizer) as batches,
             _stop_after_step() as stop,
         ):
             shape = (preset.model.projection_in, preset.model.llama.width)
@@ -96,11 +99,11 @@ def train(
                 state, step = restored.state, restored.step
             else:
                 projection = start or _initial_projection(
-                    config, preset, source, features, tokenizer, params
+                    config, preset, parts, vision, tokenizer, params
                 )
                 # A copy: the step donates its state, and `start` is the caller's.
                 state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
-            take_step = _make_step(config, preset, tx, params=params, features=features)
+            take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
             state, step = _run_steps(
                 config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
             )
@@ -112,16 +115,24 @@ def train(
     return trained
 
 
+def _open_sources(config: TrainConfig) -> list[Part]:
+    with make_progress() as progress:
+        task = progress.add_task("indexing shards", total=None, numbers="", visible=False)
+        return open_sources(
+            config.data,
+            progress=lambda done, of: progress.update(task, completed=done, total=of, visible=True),
+        )
+
+
 def _make_step(
-    config: TrainConfig,
     preset: Preset,
     tx: optax.GradientTransformationExtraArgs,
     *,
     params: Params,
-    features: Features,
+    vision: Vision,
+    dtype: Any,
 ) -> TakeStep:
     """The compiled step with everything that stays the same during a run; it consumes the state it is given."""
-    dtype = _frozen_dtype(config.dtype)
     frozen = {
         "llama": jax.tree.map(
             lambda leaf: jnp.asarray(leaf, dtype),
@@ -130,7 +141,7 @@ def _make_step(
     }
     model = make_model(preset.model, layout=TRAIN, dtype=dtype)
     train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    return lambda state, batch: train_step(state, frozen, _to_device(batch, features))
+    return lambda state, batch: train_step(state, frozen, _to_device(batch, vision))
 
 
 def _run_steps(
@@ -181,9 +192,13 @@ def _run_steps(
 
 
 def make_batches(
-    config: TrainConfig, preset: Preset, source: CcSbuAlign, tokenizer: Tokenizer
+    config: TrainConfig,
+    preset: Preset,
+    parts: Sequence[Part],
+    vision: Vision,
+    tokenizer: Tokenizer,
 ) -> Pipeline:
-    """The stream of batches over `source` in the words of `config.data`; says what `truncate` cut.
+    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
 
     Raises `UserError` for texts that do not fit, and for a pad token that would take the end symbol with it.
     """
@@ -195,58 +210,44 @@ def make_batches(
             f"data.mask_pad_token is true and the tokenizer's pad token is part of the end symbol "
             f"{pieces_text(end)!r}; the model would never learn to stop. Set it to false."
         )
-    batches = make_pipeline(
-        source,
-        seed=data.seed,
-        batch_size=data.batch_size,
+    encoder = Encoder(
+        template,
+        tokenizer,
         prompts=run_prompts(data) or (None,),
-        template=template,
-        tokenizer=tokenizer,
         num_image_tokens=preset.model.num_image_tokens,
         max_text_len=data.max_text_len,
-        length_multiple=data.length_multiple,
         max_positions=preset.model.llama.max_positions,
         max_context_len=data.max_context_len,
         end_symbol=end,
         ignored_targets=ignored,
         truncate=data.truncate,
     )
-    if data.truncate:
+    batches = make_pipeline(
+        parts,
+        encoder,
+        seed=data.seed,
+        batch_size=data.batch_size,
+        length_multiple=data.length_multiple,
+        max_corrupt_share=data.max_corrupt_share,
+        pictures=vision.pictures,
+        bad_images=vision.bad_images,
+        num_threads=data.num_threads,
+    )
+    in_memory = sum(len(part.source) for part in parts if part.source.in_memory)
+    if data.truncate and in_memory:
         print(
-            f"data.truncate: {batches.cut_answers} of {len(source)} answers cut to {data.max_text_len} tokens (without "
-            f"an end symbol), {batches.cut_prompts} prompts to {data.max_context_len}.",
+            f"data.truncate: {batches.cut_answers} of {in_memory} answers cut to {data.max_text_len} tokens (without "
+            f"an end symbol), {encoder.cut_prompts} prompts to {data.max_context_len}.",
             flush=True,
         )
     return batches
 
 
-def prepare_features(
-    config: TrainConfig, preset: Preset, source: CcSbuAlign, params: Params
-) -> Features:
-    """Vision features of every picture of `source`, in the order of `source.image_ids`."""
-    paths = [source.image_path(image_id) for image_id in source.image_ids]
-    size, mean, std = preset.model.vit.image_size, preset.image_mean, preset.image_std
-    key = fingerprint(paths, params, preprocessing=f"square bicubic {size} {mean} {std}")
-    model: MiniGPT4 = make_model(preset.model, layout=DISK, dtype=jnp.float32)
-    with make_progress() as progress:
-        task = progress.add_task("encoding pictures", total=len(paths), numbers="")
-        return encode_features(
-            paths,
-            folder=Path(config.feature_cache or Path(config.workdir) / "features"),
-            key=key,
-            model=model,
-            params=params,
-            preprocess=lambda path: preprocess(load_image(path), size=size, mean=mean, std=std),
-            batch_size=FEATURE_BATCH,
-            advance=lambda count: progress.advance(task, count),
-        )
-
-
 def _initial_projection(
     config: TrainConfig,
     preset: Preset,
-    source: CcSbuAlign,
-    features: Features,
+    parts: Sequence[Part],
+    vision: Vision,
     tokenizer: Tokenizer,
     params: Params,
 ) -> Projection:
@@ -254,12 +255,20 @@ def _initial_projection(
     if config.init_projection == "random":
         key = jax.random.key(config.seed)
         return random_projection(preset.model, key, embed_std=float(embedding.std()))
-    examples = [source[i] for i in range(len(source))]
+    assert isinstance(vision, CachedVision)  # TrainConfig sees to it
+    rows, captions = [], []
+    for part, offset in zip(parts, image_offsets(parts), strict=True):
+        for index in range(len(part.source)):
+            with contextlib.suppress(SampleFault):  # the stream counts these
+                example = part.source[index]
+                if offset + example.image_row not in vision.bad_images:
+                    rows.append(offset + example.image_row)
+                    captions.append(tokenizer.encode(part.process(example.exchanges[0].answer)))
     return ridge_projection(
         preset.model,
-        features,
-        np.asarray([source.image_row(example.image_id) for example in examples]),
-        caption_targets([tokenizer.encode(e.caption) for e in examples], embedding),
+        vision.features,
+        np.asarray(rows),
+        caption_targets(captions, embedding),
         within=RIDGE_WITHIN,
         penalty=RIDGE_PENALTY,
     )
@@ -272,14 +281,14 @@ def _frozen_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _to_device(batch: Batch, features: Features) -> TrainBatch:
+def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
     return TrainBatch(
         token_ids=jnp.asarray(batch["token_ids"]),
         attention_mask=jnp.asarray(batch["attention_mask"]),
         target_positions=jnp.asarray(batch["target_positions"]),
         target_ids=jnp.asarray(batch["target_ids"]),
         target_mask=jnp.asarray(batch["target_mask"]),
-        patches=jnp.asarray(features[batch["image_index"]], jnp.float32),
+        patches=vision.patches(batch),
     )
 
 

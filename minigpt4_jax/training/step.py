@@ -20,7 +20,7 @@ from minigpt4_jax.training.loss import cross_entropy
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState
 
 Frozen = dict[str, Any]
-"""The parameter tree without `vit` (its features are cached) and without `llama_proj`."""
+"""The parameter tree without `vit` (`vision.py` has its features) and without `llama_proj`."""
 
 
 class StepNumbers(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.config import ModelConfig, UserError
+from minigpt4_jax.data.faults import SampleFault
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import make_model
 from minigpt4_jax.training.features import encode_features, fingerprint
@@ -19,50 +20,45 @@ from minigpt4_jax.training.features import encode_features, fingerprint
 COUNT, BATCH = 10, 4
 
 
-def pixels(path: Path) -> np.ndarray:
-    """A picture made of the file's number."""
-    number = int(path.read_text())
+def pixels(image: bytes) -> np.ndarray:
+    """A picture made of the number that stands for its file."""
+    number = int(image)
     return np.random.default_rng(number).normal(size=(28, 28, 3)).astype(np.float32)
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> list[Path]:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    files = [folder / f"{i}.jpg" for i in range(COUNT)]
-    for number, file in enumerate(files):
-        file.write_text(str(number))
-    return files
+def images() -> list[bytes]:
+    return [str(number).encode() for number in range(COUNT)]
 
 
 @pytest.fixture
 def encode(tmp_path: Path, tiny_config: ModelConfig, tiny_params: Any) -> Callable[..., Any]:
     model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
 
-    def call(paths: list[Path], preprocess: Any = pixels, folder: str = "cache") -> Any:
+    def call(images: list[bytes], preprocess: Any = pixels, folder: str = "cache") -> Any:
         advanced: list[int] = []
-        features = encode_features(
-            paths,
+        encoded = encode_features(
+            len(images),
             folder=tmp_path / folder,
-            key=fingerprint(paths, tiny_params, preprocessing="p"),
+            key=fingerprint(images, tiny_params, preprocessing="p"),
             model=model,
             params=tiny_params,
-            preprocess=preprocess,
+            preprocess=lambda row: preprocess(images[row]),
             batch_size=BATCH,
             advance=advanced.append,
         )
-        assert sum(advanced) == len(paths)
-        return features
+        assert sum(advanced) == len(images)
+        return encoded
 
     return call
 
 
 def test_features_are_what_the_model_says_without_the_class_token(
-    encode: Any, paths: list[Path], tiny_config: ModelConfig, tiny_params: Any
+    encode: Any, images: list[bytes], tiny_config: ModelConfig, tiny_params: Any
 ) -> None:
-    features = encode(paths)
+    features = encode(images).features
     model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
-    images = np.stack([pixels(path) for path in paths])
+    images = np.stack([pixels(image) for image in images])
     expected, _ = jax.jit(
         lambda params, x: model.apply({"params": params}, x, method="encode_vision")
     )(tiny_params, images)
@@ -74,74 +70,102 @@ def test_features_are_what_the_model_says_without_the_class_token(
     )
 
 
-def test_a_second_call_reads_and_encodes_nothing(encode: Any, paths: list[Path]) -> None:
-    first = np.array(encode(paths))
+def test_a_second_call_reads_and_encodes_nothing(encode: Any, images: list[bytes]) -> None:
+    first = np.array(encode(images).features)
 
-    def must_not_run(path: Path) -> np.ndarray:
-        raise AssertionError(f"{path} was encoded again")
+    def must_not_run(image: bytes) -> np.ndarray:
+        raise AssertionError(f"{image!r} was encoded again")
 
-    np.testing.assert_array_equal(encode(paths, must_not_run), first)
+    np.testing.assert_array_equal(encode(images, must_not_run).features, first)
 
 
 def test_an_interrupted_encoding_continues_where_it_stopped(
-    encode: Any, paths: list[Path], tmp_path: Path
+    encode: Any, images: list[bytes], tmp_path: Path
 ) -> None:
-    whole = np.array(encode(paths, folder="uninterrupted"))
+    whole = np.array(encode(images, folder="uninterrupted").features)
     opened: list[str] = []
 
-    def until_seven(path: Path) -> np.ndarray:
+    def until_seven(image: bytes) -> np.ndarray:
         if len(opened) == 7:
             raise KeyboardInterrupt
-        opened.append(path.stem)
-        return pixels(path)
+        opened.append(image.decode())
+        return pixels(image)
 
     with pytest.raises(KeyboardInterrupt):
-        encode(paths, until_seven)
+        encode(images, until_seven)
     assert not [f for f in (tmp_path / "cache").glob("*.npy") if "partial" not in f.name]
 
-    def note(path: Path) -> np.ndarray:
-        opened.append(path.stem)
-        return pixels(path)
+    def note(image: bytes) -> np.ndarray:
+        opened.append(image.decode())
+        return pixels(image)
 
     opened.clear()
-    continued = encode(paths, note)
+    continued = encode(images, note).features
     assert opened == [str(i) for i in range(BATCH, COUNT)]  # the first batch was kept
     np.testing.assert_array_equal(continued, whole)
     assert [f.suffix for f in (tmp_path / "cache").iterdir()] == [".npy"]
 
 
 def test_the_key_changes_with_what_features_depend_on_and_nothing_else(
-    paths: list[Path], tiny_params: Any
+    images: list[bytes], tiny_params: Any
 ) -> None:
-    key = fingerprint(paths, tiny_params, preprocessing="p")
-    assert fingerprint(list(paths), jax.tree.map(np.array, tiny_params), preprocessing="p") == key
+    key = fingerprint(images, tiny_params, preprocessing="p")
+    assert fingerprint(iter(images), jax.tree.map(np.array, tiny_params), preprocessing="p") == key
     other_head = {**tiny_params, "llama_proj": {"kernel": np.zeros(3)}}
-    assert fingerprint(paths, other_head, preprocessing="p") == key
+    assert fingerprint(images, other_head, preprocessing="p") == key
 
-    assert fingerprint(paths, tiny_params, preprocessing="q") != key
-    assert fingerprint(paths[::-1], tiny_params, preprocessing="p") != key
-    assert fingerprint(paths[:-1], tiny_params, preprocessing="p") != key
+    assert fingerprint(images, tiny_params, preprocessing="q") != key
+    assert fingerprint(images[::-1], tiny_params, preprocessing="p") != key
+    assert fingerprint(images[:-1], tiny_params, preprocessing="p") != key
     for part in ("vit", "ln_vision"):
         bumped = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(1e-3), tiny_params[part])
         other = {**tiny_params, part: bumped}
-        assert fingerprint(paths, other, preprocessing="p") != key
-    paths[3].write_text("99")
-    assert fingerprint(paths, tiny_params, preprocessing="p") != key
+        assert fingerprint(images, other, preprocessing="p") != key
+    images[3] = b"99"
+    assert fingerprint(images, tiny_params, preprocessing="p") != key
 
 
-def test_a_changed_picture_is_encoded_again(encode: Any, paths: list[Path]) -> None:
-    before = np.array(encode(paths))
-    paths[3].write_text("99")
-    after = np.array(encode(paths))
+def test_a_changed_picture_is_encoded_again(encode: Any, images: list[bytes]) -> None:
+    before = np.array(encode(images).features)
+    images[3] = b"99"
+    after = np.array(encode(images).features)
     assert (after[3] != before[3]).any()
     np.testing.assert_array_equal(np.delete(after, 3, axis=0), np.delete(before, 3, axis=0))
 
 
 def test_a_finished_file_of_another_shape_is_refused_by_name(
-    encode: Any, paths: list[Path], tmp_path: Path
+    encode: Any, images: list[bytes], tmp_path: Path
 ) -> None:
-    encode(paths)
+    encode(images)
     (file,) = (tmp_path / "cache").glob("*.npy")
     np.save(file, np.zeros((2, 2), np.float16))
     with pytest.raises(UserError, match=rf"{file.name} has shape \(2, 2\).*Delete it"):
-        encode(paths)
+        encode(images)
+
+
+def test_a_picture_that_cannot_be_decoded_is_noted_and_stays_noted(
+    encode: Any, images: list[bytes], tmp_path: Path
+) -> None:
+    def broken(image: bytes) -> np.ndarray:
+        if image in (b"2", b"7"):
+            raise SampleFault("damaged image", f"picture {image.decode()} is bad")
+        return pixels(image)
+
+    def stop_at_eight(image: bytes) -> np.ndarray:
+        if image == b"8":
+            raise KeyboardInterrupt
+        return broken(image)
+
+    good = encode(images, folder="good")
+    assert good.faults == {}
+    with pytest.raises(KeyboardInterrupt):
+        encode(images, stop_at_eight)
+    for encoded in (encode(images, broken), encode(images)):  # continued, then read
+        assert {row: (fault.reason, str(fault)) for row, fault in encoded.faults.items()} == {
+            2: ("damaged image", "picture 2 is bad"),
+            7: ("damaged image", "picture 7 is bad"),
+        }
+        np.testing.assert_array_equal(
+            np.delete(encoded.features, [2, 7], axis=0), np.delete(good.features, [2, 7], axis=0)
+        )
+        assert not encoded.features[[2, 7]].any()

@@ -281,7 +281,7 @@ def interrupt(
         return wrapped
 
     if where == "next(batches)":
-        from minigpt4_jax.data.datasets import Pipeline
+        from minigpt4_jax.data.pipeline import Pipeline
 
         monkeypatch.setattr(Pipeline, "__next__", wrap(Pipeline.__next__, after=True))
     elif where == "train_step":

@@ -440,6 +440,13 @@ def text_files(*names: str) -> list[str]:
     return [name for name in names if GOLDEN.has(f"text/{name}")]
 
 
+def caption_cases() -> list[tuple[str, int]]:
+    """(configuration, number) of every caption that the original's processor was given."""
+    report = "images/report.json"
+    pairs = GOLDEN.report(report).get("blip_caption", {}) if GOLDEN.has(report) else {}
+    return [(name, number) for name, held in pairs.items() for number in range(len(held))]
+
+
 def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
 
@@ -472,6 +479,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "projection_run_case": projection_run_cases,
     "v2_run_case": v2_run_cases,
     "trainer_checkpoint": trainer_checkpoints,
+    "caption_case": caption_cases,
 }
 
 NOT_HELD = object()
@@ -484,7 +492,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def case_id(case: Any) -> str:
-    return "-".join(case) if isinstance(case, tuple) else str(case)
+    return "-".join(map(str, case)) if isinstance(case, tuple) else str(case)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,0 +1,129 @@
+"""Where a batch's vision features come from: the cache, or the frozen tower inside the loop.
+
+For: the choice that `cache_features` makes, behind one method. Not for: the cache's files (`features.py`), the
+gradient (`step.py`; the tower is frozen and compiled apart from the step, so that it has none).
+
+Differs from the original, which always encodes in the step. The cache keeps float16, so the two ways differ by its
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from minigpt4_jax.config import TrainConfig
+from minigpt4_jax.data.batches import Batch
+from minigpt4_jax.data.datasets import Part
+from minigpt4_jax.data.faults import SampleFault
+from minigpt4_jax.data.pixels import PictureReader
+from minigpt4_jax.models.layout import DISK
+from minigpt4_jax.models.minigpt4 import Params, make_model
+from minigpt4_jax.presets import Preset
+from minigpt4_jax.training.features import (
+    Encoded,
+    Features,
+    encode_features,
+    fingerprint,
+    make_encoder,
+)
+from minigpt4_jax.training.metrics import make_progress
+
+FEATURE_BATCH = 16
+
+
+class CachedVision:
+    """Rows of the feature cache."""
+
+    pictures: PictureReader | None = None
+    """What decodes pictures in the pipeline: it need not."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.features: Features = encoded.features
+        self.bad_images = encoded.faults
+        """Pictures known to be broken, by `image_index`."""
+
+    def patches(self, batch: Batch) -> Float[Array, "B P C"]:
+        """After `ln_vision`, class token dropped, float32."""
+        return jnp.asarray(self.features[batch["image_index"]], jnp.float32)
+
+
+class PixelVision:
+    """The frozen tower on the batch's pixels."""
+
+    def __init__(
+        self, preset: Preset, params: Params, *, dtype: Any, pictures: PictureReader
+    ) -> None:
+        self.pictures: PictureReader | None = pictures
+        self.bad_images: dict[int, SampleFault] = {}  # found by the pipeline, sample by sample
+        self._encode = make_encoder(make_model(preset.model, layout=DISK, dtype=dtype))
+        self._params = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, dtype),
+            {"vit": params["vit"], "ln_vision": params["ln_vision"]},
+        )
+
+    def patches(self, batch: Batch) -> Float[Array, "B P C"]:
+        """As `CachedVision.patches`."""
+        return self._encode(self._params, batch["pixels"]).astype(jnp.float32)
+
+
+Vision = CachedVision | PixelVision
+
+
+def make_vision(
+    config: TrainConfig, preset: Preset, parts: Sequence[Part], params: Params, *, dtype: Any
+) -> Vision:
+    """As `config.cache_features` says. `dtype` is that of the tower in the loop; a cache is encoded in float32."""
+    pictures = PictureReader(
+        size=preset.model.vit.image_size,
+        mean=preset.image_mean,
+        std=preset.image_std,
+        random_resized_crop=config.data.random_resized_crop,
+    )
+    if config.cache_features:
+        return CachedVision(prepare_features(config, preset, parts, params, pictures=pictures))
+    return PixelVision(preset, params, dtype=dtype, pictures=pictures)
+
+
+def prepare_features(
+    config: TrainConfig,
+    preset: Preset,
+    parts: Sequence[Part],
+    params: Params,
+    *,
+    pictures: PictureReader,
+) -> Encoded:
+    """Features of every picture of every source, numbered through in the order of `parts`."""
+    places = [(part, row) for part in parts for row in range(part.source.num_images)]
+    described = f"square bicubic {pictures.size} {pictures.mean} {pictures.std}"
+    key = fingerprint(_files(places), params, preprocessing=described)
+    unused = np.random.default_rng(0)  # a cached picture is never cropped
+
+    def preprocess(number: int) -> np.ndarray:
+        part, row = places[number]
+        name = f"picture {row} of source {part.name!r}"
+        return pictures(part.source.read_image(row), name, rng=unused)
+
+    with make_progress() as progress:
+        task = progress.add_task("encoding pictures", total=len(places), numbers="")
+        return encode_features(
+            len(places),
+            folder=Path(config.feature_cache or Path(config.workdir) / "features"),
+            key=key,
+            model=make_model(preset.model, layout=DISK, dtype=jnp.float32),
+            params=params,
+            preprocess=preprocess,
+            batch_size=FEATURE_BATCH,
+            advance=lambda count: progress.advance(task, count),
+        )
+
+
+def _files(places: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
+    for part, row in places:
+        yield part.source.read_image(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, LlamaConfig, ModelConfig, UserError
-from minigpt4_jax.data.datasets import CcSbuAlign
+from minigpt4_jax.data.datasets import open_sources
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from minigpt4_jax.presets import get_preset
 from minigpt4_jax.training import loop
@@ -193,10 +194,10 @@ def refused_workdir(
 def test_another_runs_workdir_is_refused_before_any_picture_is_encoded(
     run: Any, refused_workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def must_not_run(*args: Any) -> None:
+    def must_not_run(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("pictures were encoded for a run that is refused")
 
-    monkeypatch.setattr(loop, "prepare_features", must_not_run)
+    monkeypatch.setattr(loop, "make_vision", must_not_run)
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
         run(refused_workdir, "optimizer.max_steps=3", "seed=7")
 
@@ -375,13 +376,16 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
 
 
 @pytest.fixture
-def batches_of(make_config: Any, data_folder: Path, tmp_path: Path) -> Any:
+def batches_of(make_config: Any, tmp_path: Path) -> Any:
     """`batches_of("key=value", ...)`: the first batch of the set in the words of these settings."""
-    source, preset = CcSbuAlign(data_folder), get_preset("tiny")
+    vision: Any = SimpleNamespace(pictures=None, bad_images={})
 
     def call(*overrides: str, tokenizer: Tokenizer | None = None) -> Any:
         config = make_config(tmp_path, *overrides)
-        with loop.make_batches(config, preset, source, tokenizer or byte_tokenizer()) as batches:
+        parts = open_sources(config.data, progress=lambda done, of: None)
+        with loop.make_batches(
+            config, get_preset("tiny"), parts, vision, tokenizer or byte_tokenizer()
+        ) as batches:
             return next(batches)
 
     return call

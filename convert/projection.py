@@ -23,6 +23,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 
 from convert.rules import Array, Excuse, Rule, Tree, convert, identity, transpose
 from convert.sources import TensorSource, open_source
@@ -256,7 +257,15 @@ def _replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another place.") from error
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # how Python, torch and safetensors say "disk full"
+        raise UserError(
+            f"{path} cannot be written ({error}). Expected a folder that you may write to, with room; choose another "
+            "place, or free some space."
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk there is nothing to remove
+            partial.unlink()

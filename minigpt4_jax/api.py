@@ -275,12 +275,13 @@ def load_frozen(name: str, *, progress: Progress | None = None) -> tuple[Params,
     Raises:
         UserError: the preset has no weights that can be fetched, or fetching or converting them failed.
     """
+    preset = get_preset(name)
     if name != "smol":
         raise UserError(f"There are no weights to fetch for preset {name!r}; expected smol.")
     from convert.smol import prepare_smol
 
     folder = prepare_smol(progress)
-    abstract = abstract_params(get_preset(name).model)
+    abstract = abstract_params(preset.model)
     frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
     try:
         tokenizer = load_tokenizer(folder)

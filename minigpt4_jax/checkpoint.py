@@ -269,7 +269,9 @@ def writable(path: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if re.search("No space left|quota exceeded", str(error), re.I):
             raise CheckpointError(f"The disk of {path} is full. {_FULL}") from error
-        found = re.search("Permission denied|Read-only file system|Not a directory", str(error))
+        found = re.search(
+            "Permission denied|Read-only file system|Not a directory|File exists", str(error)
+        )
         if found:
             raise CheckpointError(
                 f"{path} cannot be written: {found.group()}. Expected a folder that you may write to; choose another "

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from minigpt4_jax import cli
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "bad_input" / "__main__.py"
 sys.path.insert(0, str(SCRIPT.parent))  # as `python tools/bad_input` does
@@ -81,10 +83,17 @@ def test_what_users_meet_is_a_case(word: str) -> None:
     assert [case for case in table.CASES if word in case.what]
 
 
-def test_a_command_of_the_page_ends_as_the_page_says(tmp_path: Path) -> None:
-    case = next(case for case in table.CASES if case.what == "an empty file")
-    (said,) = [plain(row[3]) for row in rows() if plain(row[0]) == case.what]
-    assert table.run(case, tmp_path) == (2, said)
+@pytest.mark.parametrize("what", ["an empty file", "a folder", "an unknown key in a section"])
+def test_a_command_ends_as_the_page_says(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = next(case for case in table.CASES if case.what == what)
+    (said,) = [plain(row[3]) for row in rows() if plain(row[0]) == what]
+    monkeypatch.chdir(tmp_path)
+    case.prepare()
+    program, *arguments = case.command
+    assert cli.main(["train", *arguments] if program == "train.py" else arguments) == case.code
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_odd_characters_stay_inside_their_cell() -> None:

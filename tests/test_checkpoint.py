@@ -302,5 +302,5 @@ def test_what_a_disk_does_to_a_save_is_one_message(
 
 def test_a_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"Not a directory\. Expected a folder"):
+    with pytest.raises(CheckpointError, match=r"File exists\. Expected a folder"):
         save_params(tmp_path / "file" / "params", make_tree())

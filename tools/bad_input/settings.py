@@ -48,7 +48,7 @@ SETTINGS = (
     settings("a binary file as YAML", "cannot be read as YAML", yaml=bytes(range(256))),
     Case(
         group="Settings",
-        what="no such file",
+        what="no such configuration",
         command=("train.py", "--config", "no.yaml"),
         says="no configuration file",
     ),

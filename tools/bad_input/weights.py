@@ -317,7 +317,7 @@ PLACES = (
     ),
     place(
         "a full disk under a run",
-        (*TRAIN, "workdir=disk/run"),
+        (*TRAIN, "workdir=disk/run", "init_projection=random"),
         "MB free|[Nn]o space|disk",
         both(training(), disk("size=64k")),
         patch=tiny_model,

@@ -24,7 +24,9 @@ MODULES = sorted(
     if not module.name.endswith("__main__")
 )
 ORACLES_AND_SERVERS = ["torch", "transformers", "onnxruntime", "fastapi", "uvicorn", "tensorflow"]
-EXTRAS = ["gguf", "onnx", "grain", "tensorboardX", "pytest", "beartype"]
+EXTRAS = [
+    "gguf", "onnx", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "pytest", "beartype"
+]  # fmt: skip
 
 
 def import_without(modules: list[str], blocked: list[str]) -> None:

@@ -278,7 +278,8 @@ class _SampleReader:
         example = part.source[pick.sample]
         row = self._offsets[pick.part] + example.image_row
         if row in self._bad_images:
-            raise self._bad_images[row]
+            bad = self._bad_images[row]
+            raise SampleFault(bad.reason, f"{example.name}, {bad}")
         tokens = self._encoder.encode(example, choice, process=part.process)
         pixels = None
         if self._pictures is not None:

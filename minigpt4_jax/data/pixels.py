@@ -36,11 +36,11 @@ EMPTY, MARKUP, DAMAGED = "empty image", "HTML instead of an image", "damaged ima
 def open_picture(data: bytes, name: str) -> Image.Image:
     """`load_image` for a sample: RGB, upright. Raises `SampleFault` with one of the reasons and with `name`."""
     if not data:
-        raise SampleFault(EMPTY, f"The picture of {name} has 0 bytes.")
+        raise SampleFault(EMPTY, f"{name}: the file of the picture has 0 bytes.")
     if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_MARKUP):
         start = data[:32].decode("ascii", "replace")
         raise SampleFault(
-            MARKUP, f"The picture of {name} is a page, not a picture: it starts {start!r}."
+            MARKUP, f"{name}: the file of the picture is a page: it starts {start!r}."
         )
     try:
         return load_image(data)

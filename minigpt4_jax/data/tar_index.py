@@ -69,7 +69,11 @@ class Damage(NamedTuple):
 
 
 def walk_members(descriptor: int, size: int) -> Iterator[Member | Damage]:
-    """The regular files of a tar of `size` bytes in order, and its damage. Reads headers only."""
+    """The regular files of a tar of `size` bytes in order, and its damage. Reads headers only.
+
+    Behind damage the walk goes on at the next block that is a header. Where bytes were lost or added that are no
+    multiple of 512, there is none: the rest of the file is part of the damage.
+    """
     offset, name, next_size = 0, "", -1
     while True:
         block = os.pread(descriptor, BLOCK, offset)
@@ -329,7 +333,8 @@ def read_index(path: Path, table: list[list[Any]]) -> Index | None:
         return None
     rows = np.zeros(0, ROW)
     if facts["rows"]:
-        rows = np.memmap(path, ROW, mode="r", shape=(facts["rows"],))
+        # A plain array over the map: an index into `np.memmap` itself takes several times as long.
+        rows = np.asarray(np.memmap(path, ROW, mode="r", shape=(facts["rows"],)))
     return Index(rows, Report(Counter(facts["counts"]), facts["named"]))
 
 

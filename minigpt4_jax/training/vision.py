@@ -107,8 +107,7 @@ def prepare_features(
 
     def preprocess(number: int) -> np.ndarray:
         part, row = places[number]
-        name = f"picture {row} of source {part.name!r}"
-        return pictures(part.source.read_image(row), name, rng=unused)
+        return pictures(part.source.read_image(row), f"picture {row}", rng=unused)
 
     with make_progress() as progress:
         task = progress.add_task("encoding pictures", total=len(places), numbers="")

@@ -331,12 +331,15 @@ def test_counts_are_of_the_batches_returned_and_go_on_after_a_resume() -> None:
         assert resumed.get_state()["sources"]["things"]["faults"] == {"empty image": broken}
 
 
-def test_pictures_the_feature_cache_could_not_encode_are_replaced_too(source: Things) -> None:
-    bad = {7: SampleFault("damaged image", "picture 7 is bad")}
+def test_pictures_the_feature_cache_could_not_encode_are_replaced_too(
+    source: Things, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {7: SampleFault("damaged image", "it is bad")}
     with pipeline(source, bad_images=bad) as stream:
         rows = np.concatenate([batch["image_index"] for batch in islice(stream, 5)])
         assert stream.fault_counts() == {"things": {"damaged image": 1}}
     assert 7 not in rows
+    assert "picture 7, it is bad" in caplog.text
 
 
 def test_too_large_a_share_stops_the_stream_with_a_name() -> None:

@@ -119,7 +119,7 @@ def test_threads_read_right_while_shards_are_closed_and_opened(
     source = TarShards(folder)
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(4) as pool:
-        for index, data in pool.map(lambda i: (i, source.read_image(i)), list(range(8)) * 20):
+        for index, data in pool.map(lambda i: (i, source.read_image(i)), list(range(8)) * 100):
             assert data == jpeg(index)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 

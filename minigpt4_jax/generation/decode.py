@@ -62,7 +62,7 @@ def prefill(
         "decode",
         embeds,
         positions=positions,
-        mask=make_cache_mask(positions, caches[0].k.shape[1]),
+        mask=make_cache_mask(positions, token_ids.shape[1]),  # nothing stands behind the prompt
         caches=caches,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -71,9 +71,17 @@ def prefill(
 
 
 def decode_step(
-    params: Params, state: DecodeState, *, model: MiniGPT4, sampling: Sampling
+    params: Params,
+    state: DecodeState,
+    *,
+    model: MiniGPT4,
+    sampling: Sampling,
+    num_slots: int | None = None,
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """Feeds every row's newest token and chooses the next. Donate `state`: the caches are updated in place."""
+    """Feeds every row's newest token and chooses the next. Donate `state`: the caches are updated in place.
+
+    `num_slots` is how much of the caches is read, more than any position of the step; None reads all of them.
+    """
     embeds = apply_method(model, params, "embed_prompt", state.token[:, None], None)
     positions = state.position[:, None]
     hidden, caches, _ = apply_method(
@@ -82,7 +90,7 @@ def decode_step(
         "decode",
         embeds,
         positions=positions,
-        mask=make_cache_mask(positions, state.caches[0].k.shape[1]),
+        mask=make_cache_mask(positions, num_slots or state.caches[0].num_slots),
         caches=state.caches,
     )
     logits = apply_method(model, params, "head", hidden[:, 0])

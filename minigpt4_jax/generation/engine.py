@@ -55,7 +55,9 @@ class Engine:
         self._model = make_model(config, layout=DECODE, dtype=dtype)
         self._prefill = jax.jit(functools.partial(prefill, model=self._model), donate_argnums=1)
         self._decode_step = jax.jit(
-            functools.partial(decode_step, model=self._model), donate_argnums=1
+            functools.partial(decode_step, model=self._model),
+            static_argnames="num_slots",
+            donate_argnums=1,
         )
         self._encode = jax.jit(
             lambda params, images: apply_method(self._model, params, "encode_images", images)
@@ -135,9 +137,12 @@ class Engine:
             )
         token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
         images = self._pad_images(prompts, image_embeds, length=token_ids.shape[1])
+        # One slot more than is ever read: XLA's CPU compiler copies a cache that a step updates and reads as a whole,
+        # and updates it in place where only a part of it is read.
         caches = self._free_caches.pop(batch, None) or init_cache(
-            self.config.llama, batch, num_slots=self.context, dtype=self._dtype
+            self.config.llama, batch, num_slots=self.context + 1, dtype=self._dtype
         )
+        num_slots = self.bucket(int(lengths.max()) + max_new_tokens)
         seen = np.zeros((batch, self.config.llama.vocab_size), bool)
         seen[:, list(written)] = True
         sampling = jax.device_put(sampling)  # once, and not at every step
@@ -148,7 +153,9 @@ class Engine:
         try:
             for _ in range(max_new_tokens - 1):
                 yield np.asarray(state.token)
-                state, _ = self._decode_step(self._params, state, sampling=sampling)
+                state, _ = self._decode_step(
+                    self._params, state, sampling=sampling, num_slots=num_slots
+                )
             yield np.asarray(state.token)
         finally:
             # Ctrl-C inside a step: the old cache was donated, the new one has no name. The next answer makes one.
@@ -170,7 +177,7 @@ class Engine:
         return padded, lengths
 
     def bucket(self, length: int) -> int:
-        """The padded length of a prompt: the next power of two from 64 on, at most the context."""
+        """The padded length of a prompt, and the slots an answer reads: the next power of two, 64 to the context."""
         return min(max(64, 1 << (length - 1).bit_length()), self.context)
 
     def _pad_images(

@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         v = v.reshape(*lead, -1, cfg.head_dim)
         if cache is not None:
             cache = cache.update(k, v, positions)
-            k, v = cache.k.astype(self.dtype), cache.v.astype(self.dtype)
+            k, v = (part.astype(self.dtype) for part in cache.read(mask.shape[-1]))
         y = attend(q, k, v, mask=mask).reshape(*lead, q_width)
         return Dense(cfg.width, False, self.dtype, name="o_proj")(y), cache
 
@@ -114,7 +114,11 @@ class Llama(nn.Module):
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in float32."""
         if self.config.tie_embeddings:
-            return self.embed_tokens.attend(hidden).astype(jnp.float32)
+            # Not `Embed.attend`: for a single row, XLA's CPU compiler copies the transposed embedding first.
+            embedding = self.embed_tokens.embedding.astype(self.dtype)
+            return jax.lax.dot_general(
+                hidden.astype(self.dtype), embedding, (((hidden.ndim - 1,), (1,)), ((), ()))
+            ).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
 
     @nn.compact
@@ -131,7 +135,7 @@ class Llama(nn.Module):
         Args:
             embeds: token and image embeddings in the order of the prompt.
             positions: rotary position of each token; with a cache also the slot it is written to.
-            mask: True = attend; `[B, S, S]` without a cache, `[B, S, slots]` with one.
+            mask: True = attend; `[B, S, S]` without a cache, `[B, S, slots]` with one. Only so many slots are read.
             caches: one per layer (unstacked layout only), or None.
 
         Returns:

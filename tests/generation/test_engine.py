@@ -244,14 +244,14 @@ def test_the_cache_is_updated_in_place(
     real = getattr(engine, name)
     aliased: list[int] = []
 
-    def record(params: Any, caches_or_state: Any, *rest: Any, sampling: Sampling) -> Any:
+    def record(params: Any, caches_or_state: Any, *rest: Any, **settings: Any) -> Any:
         # `lower` rebuilds its arguments from abstract values, which the checked signatures do not know.
         with without_signature_checks():
-            lowered = real.lower(params, caches_or_state, *rest, sampling=sampling)
+            lowered = real.lower(params, caches_or_state, *rest, **settings)
         aliased.append(lowered.compile().memory_analysis().alias_size_in_bytes)
         given = jax.tree.leaves(getattr(caches_or_state, "caches", caches_or_state))
         before = {leaf.unsafe_buffer_pointer() for leaf in given}
-        state, logits = real(params, caches_or_state, *rest, sampling=sampling)
+        state, logits = real(params, caches_or_state, *rest, **settings)
         assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.caches)} == before
         assert all(leaf.is_deleted() for leaf in given), "the old cache can still be used"
         return state, logits

@@ -12,7 +12,7 @@ KV_HEADS, HEAD_DIM = 2, 3
 
 
 def empty(batch: int, slots: int) -> LayerCache:
-    blank = jnp.full((batch, slots, KV_HEADS, HEAD_DIM), -1.0)
+    blank = jnp.full((batch, KV_HEADS, slots, HEAD_DIM), -1.0)
     return LayerCache(k=blank, v=blank)
 
 
@@ -25,9 +25,22 @@ def test_a_prompt_fills_the_first_slots() -> None:
     cache = empty(2, 6).update(
         jnp.asarray(k), jnp.asarray(v), jnp.broadcast_to(jnp.arange(4)[None], (2, 4))
     )
-    np.testing.assert_array_equal(cache.k[:, :4], k)
-    np.testing.assert_array_equal(cache.v[:, :4], v)
-    np.testing.assert_array_equal(cache.k[:, 4:], -1.0)
+    assert cache.num_slots == 6
+    found_k, found_v = cache.read(6)
+    np.testing.assert_array_equal(found_k[:, :4], k)
+    np.testing.assert_array_equal(found_v[:, :4], v)
+    np.testing.assert_array_equal(found_k[:, 4:], -1.0)
+
+
+def test_only_the_first_slots_are_read() -> None:
+    cache = empty(2, 6).update(
+        jnp.asarray(draw(2, 6)),
+        jnp.asarray(draw(2, 6)),
+        jnp.broadcast_to(jnp.arange(6)[None], (2, 6)),
+    )
+    for whole, part in zip(cache.read(6), cache.read(3), strict=True):
+        assert part.shape == (2, 3, KV_HEADS, HEAD_DIM)
+        np.testing.assert_array_equal(part, whole[:, :3])
 
 
 def test_single_tokens_go_to_their_rows_own_slots() -> None:
@@ -35,15 +48,15 @@ def test_single_tokens_go_to_their_rows_own_slots() -> None:
     cache = empty(2, 6).update(jnp.asarray(k), jnp.asarray(v), jnp.asarray([[5], [2]]))
     expected = np.full((2, 6, KV_HEADS, HEAD_DIM), -1.0, np.float32)
     expected[0, 5], expected[1, 2] = k[0, 0], k[1, 0]
-    np.testing.assert_array_equal(cache.k, expected)
+    np.testing.assert_array_equal(cache.read(6)[0], expected)
     expected[0, 5], expected[1, 2] = v[0, 0], v[1, 0]
-    np.testing.assert_array_equal(cache.v, expected)
+    np.testing.assert_array_equal(cache.read(6)[1], expected)
 
 
 def test_a_cache_keeps_its_own_dtype() -> None:
     cache = LayerCache(
-        k=jnp.zeros((1, 4, KV_HEADS, HEAD_DIM), jnp.bfloat16),
-        v=jnp.zeros((1, 4, KV_HEADS, HEAD_DIM), jnp.bfloat16),
+        k=jnp.zeros((1, KV_HEADS, 4, HEAD_DIM), jnp.bfloat16),
+        v=jnp.zeros((1, KV_HEADS, 4, HEAD_DIM), jnp.bfloat16),
     )
     after = cache.update(jnp.asarray(draw(1, 1)), jnp.asarray(draw(1, 1)), jnp.asarray([[1]]))
     assert after.k.dtype == after.v.dtype == jnp.bfloat16
@@ -57,5 +70,5 @@ def test_an_empty_cache_has_one_entry_per_layer_and_only_the_key_heads(
     assert len(caches) == cfg.num_layers
     for cache in caches:
         for leaf in (cache.k, cache.v):
-            assert leaf.shape == (3, 10, cfg.num_kv_heads, cfg.head_dim)
+            assert leaf.shape == (3, cfg.num_kv_heads, 10, cfg.head_dim)
             assert leaf.dtype == jnp.bfloat16

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt4_jax.config import TrainConfig, UserError, load, to_yaml
+from minigpt4_jax.config import TrainConfig, UserError
+from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The keys and types of a schema (a frozen dataclass), in the words of somebody who writes YAML.
 
-For: finding a dotted key, its type and the closest known key, for the messages of `config.load`. Not for: the schema
-itself and reading files (`config.py`).
+For: finding a dotted key, its type and the closest known key, for the messages of `config_file.load`. Not for: the
+schema itself (`config.py`) and reading files (`config_file.py`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from PIL import Image
 
 from convert.projection import ProjectionInfo, read_projection, write_projection
 from minigpt4_jax import Chat, GenerationConfig, MiniGPT4, api, cli
-from minigpt4_jax.config import ModelConfig, TrainConfig, load
+from minigpt4_jax.config import ModelConfig, TrainConfig
+from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.training.metrics import read_metrics
 

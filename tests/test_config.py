@@ -8,7 +8,8 @@ from typing import Literal
 
 import pytest
 
-from minigpt4_jax.config import ModelConfig, TrainConfig, UserError, load, to_yaml
+from minigpt4_jax.config import ModelConfig, TrainConfig, UserError
+from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.presets import PRESETS
 
 

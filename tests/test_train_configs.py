@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from minigpt4_jax import cli
-from minigpt4_jax.config import TrainConfig, load
+from minigpt4_jax.config import TrainConfig
+from minigpt4_jax.config_file import load
 from minigpt4_jax.data.prompts import load_prompts
 from minigpt4_jax.presets import PRESETS
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +17,9 @@ from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from minigpt4_jax.presets import get_preset
 from minigpt4_jax.training import loop
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.features import Encoded
 from minigpt4_jax.training.metrics import read_metrics
+from minigpt4_jax.training.vision import CachedVision
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -378,7 +379,7 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
 @pytest.fixture
 def batches_of(make_config: Any, tmp_path: Path) -> Any:
     """`batches_of("key=value", ...)`: the first batch of the set in the words of these settings."""
-    vision: Any = SimpleNamespace(pictures=None, bad_images={})
+    vision = CachedVision(Encoded(np.zeros((0, 1, 1), np.float16), {}))  # words alone
 
     def call(*overrides: str, tokenizer: Tokenizer | None = None) -> Any:
         config = make_config(tmp_path, *overrides)

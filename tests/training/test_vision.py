@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minigpt4_jax.config import TrainConfig, UserError, load
+from minigpt4_jax.config import TrainConfig, UserError
+from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.training import loop
 from minigpt4_jax.training.metrics import read_metrics

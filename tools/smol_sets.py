@@ -1161,7 +1161,8 @@ def other(item: dict[str, Any], named: dict[str, str], rng: random.Random) -> tu
 
 
 def stage2_rows(items: list[dict[str, Any]], seed: int) -> list[dict[str, str]]:
-    """The questions and answers: about 40 % short, 40 % detailed, 20 % others; a third about each kind of copy."""
+    """The questions and answers: half ask for the name as in stage 1; of the others about 40 % are short, 40 % detailed,
+    20 % of other kinds. A third is about each kind of copy."""
     rng = random.Random(seed)
     things: dict[str, list[dict[str, Any]]] = {}
     for item in items:
@@ -1193,7 +1194,10 @@ def stage2_rows(items: list[dict[str, Any]], seed: int) -> list[dict[str, str]]:
         else:
             prompt, answer = other(item, named, rng)
         copy = rng.choice(("", *(f"_{copy}" for copy in COPIES)))
-        rows.append({"image_id": item["image_id"] + copy, "prompt": prompt, "caption": answer})
+        # Beside each, the question that stage 1 taught: without it this stage undoes a part of the names.
+        naming = "What is this?", sentence(item["plural"], item["phrase"])
+        for ask, say in sorted({(prompt, answer), naming}):
+            rows.append({"image_id": item["image_id"] + copy, "prompt": ask, "caption": say})
     return sorted(rows, key=lambda row: (row["image_id"], row["prompt"], row["caption"]))
 
 

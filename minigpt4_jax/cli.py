@@ -184,7 +184,6 @@ def _run_command(line: str, chat: Chat, start: Callable[[], Chat]) -> Chat:
     name, _, rest = line.strip().partition(" ")
     path = os.path.expanduser(_unquoted(rest.strip()))
     if name == "/image" and path:
-        _check_is_file(path)
         chat.add_image(path)
         print("Seen: the next question is about it.", flush=True)
     elif name == "/reset" and not path:

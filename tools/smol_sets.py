@@ -1161,8 +1161,8 @@ def other(item: dict[str, Any], named: dict[str, str], rng: random.Random) -> tu
 
 
 def stage2_rows(items: list[dict[str, Any]], seed: int) -> list[dict[str, str]]:
-    """The questions and answers: half ask for the name as in stage 1; of the others about 40 % are short, 40 % detailed,
-    20 % of other kinds. A third is about each kind of copy."""
+    """The questions and answers: half ask for the name as in stage 1; of the others about 40 % are short, 40 %
+    detailed, 20 % of other kinds. A third is about each kind of copy."""
     rng = random.Random(seed)
     things: dict[str, list[dict[str, Any]]] = {}
     for item in items:

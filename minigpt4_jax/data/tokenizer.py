@@ -140,7 +140,7 @@ class Tokenizer:
             if is_bytes:  # one character a piece, lest a text that reads <0x41> is taken for a byte
                 pieces += _decode_utf8(bytes(self._byte_pieces[token_id] for token_id in run))
             else:
-                pieces += map(self._backend.id_to_token, run)
+                pieces += [str(self._backend.id_to_token(token_id)) for token_id in run]
         return str(self._backend.decoder.decode(pieces))
 
     def stream_decoder(self) -> StreamDecoder:

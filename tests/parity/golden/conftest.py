@@ -310,7 +310,11 @@ def noqf_cases() -> dict[str, Any]:
 
 
 def forward_cases() -> list[tuple[str, str]]:
-    """(folder, case) of training forwards on one picture each, of which the embedded ids were recorded."""
+    """(folder, case) of training forwards on one picture each, of which the embedded ids were recorded.
+
+    Of MiniGPT-v2 those that show a loss per sample or a cut prompt: no other case without a Q-Former does. Its LoRA
+    model as a whole is not built yet.
+    """
     return [
         (folder, name)
         for folder in (NOQF, V2)
@@ -319,6 +323,7 @@ def forward_cases() -> list[tuple[str, str]]:
         if "embedded_id_sequences_in_order" in case
         and GOLDEN.has(f"{folder}/{name}.npz")
         and has_one_picture(case)
+        and (folder == NOQF or name.endswith(("reduction_none", "truncated")))
     ]
 
 

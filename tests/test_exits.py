@@ -67,7 +67,8 @@ def test_ctrl_c_ends_as_shells_expect(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits an ignored one
 from minigpt4_jax.exits import run_command
 def command():
     print("begun", flush=True)

@@ -17,12 +17,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from minigpt4_jax.config import UserError
 
 Array = npt.NDArray[Any]
+
+SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+"""The format's names of the dtypes that weights come in."""
 
 
 class TensorSource(Protocol):
@@ -41,8 +51,14 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the values."""
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Of what `get` returns, without reading the values."""
+
     def get(self, name: str) -> Array:
         """Reads one tensor."""
+
+    def files(self) -> tuple[Path, ...]:
+        """What was opened, for the record of where weights came from."""
 
 
 class ArraySource:
@@ -63,8 +79,14 @@ class ArraySource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._arrays[name].shape)
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self._arrays[name].dtype
+
     def get(self, name: str) -> Array:
         return self._arrays[name]
+
+    def files(self) -> tuple[Path, ...]:
+        return ()
 
 
 class GgufSource:
@@ -97,10 +119,16 @@ class GgufSource:
         # GGUF counts axes from the fastest one.
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(np.float32)
+
     def get(self, name: str) -> Array:
         tensor = self._tensors[name]
         values: Array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
         return values.astype(np.float32, copy=False).reshape(self.shape(name))
+
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
 
 
 class OnnxSource:
@@ -158,9 +186,18 @@ class OnnxSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].dims)
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        found: np.dtype[Any] = self._onnx.helper.tensor_dtype_to_np_dtype(
+            self._tensors[name].data_type
+        )
+        return found
+
     def get(self, name: str) -> Array:
         array: Array = self._onnx.numpy_helper.to_array(self._tensors[name])
         return array
+
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
 
 
 class SafetensorsSource:
@@ -175,6 +212,7 @@ class SafetensorsSource:
         self._files: dict[str, Any] = {}
         metadata: dict[str, Any] = {}
         shards, indexed = _shards(path, self.INDEX)
+        self._shards = tuple(shards)
         for shard in shards:
             try:
                 file: Any = safe_open(shard, framework="numpy")
@@ -196,9 +234,20 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        stored = self._files[name].get_slice(name).get_dtype()
+        if stored not in SAFETENSORS_DTYPES:
+            raise UserError(
+                f"{self._path}: {name} is stored as {stored}; expected one of {', '.join(SAFETENSORS_DTYPES)}."
+            )
+        return SAFETENSORS_DTYPES[stored]
+
     def get(self, name: str) -> Array:
         array: Array = self._files[name].get_tensor(name)
         return array
+
+    def files(self) -> tuple[Path, ...]:
+        return self._shards
 
 
 class TorchSource:
@@ -224,6 +273,7 @@ class TorchSource:
         self.metadata: Mapping[str, Any] = {}
         self._tensors: dict[str, Any] = {}
         shards, indexed = _shards(path, self.INDEX)
+        self._shards = tuple(shards)
         for shard in shards:
             try:
                 loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
@@ -250,13 +300,17 @@ class TorchSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self.get(name).dtype
+
+    def files(self) -> tuple[Path, ...]:
+        return self._shards
+
     def get(self, name: str) -> Array:
         import torch
 
         tensor = self._tensors[name].detach()
         if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
-            import ml_dtypes
-
             bits: Array = tensor.contiguous().view(torch.int16).numpy()
             return bits.view(ml_dtypes.bfloat16)
         array: Array = tensor.numpy()

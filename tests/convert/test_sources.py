@@ -109,6 +109,26 @@ def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_dtypes_are_told_without_reading_and_are_those_that_get_returns(
+    tmp_path: Path, gguf_arrays: Arrays, dino_arrays: Arrays,
+    write_gguf: Callable[..., Path], write_onnx: Callable[..., Path],
+) -> None:  # fmt: skip
+    kinds = (np.float16, np.float32, np.float64, np.int64, np.uint8, np.bool_, ml_dtypes.bfloat16)
+    mixed = {np.dtype(kind).name: np.ones((2, 3), kind) for kind in kinds}
+    save_file(mixed, tmp_path / "m.safetensors")
+    files = (
+        tmp_path / "m.safetensors",
+        write_gguf(tmp_path / "m.gguf", gguf_arrays),
+        write_onnx(tmp_path / "m.onnx", dino_arrays),
+    )
+    for path in files:
+        source = open_source(path)
+        assert source.files() == (path,)
+        for name in source.names():
+            assert source.dtype(name) == source.get(name).dtype, name
+    assert {str(open_source(files[0]).dtype(name)) for name in mixed} == set(mixed)
+
+
 @pytest.mark.parametrize("ending", [".gguf", ".onnx", ".safetensors"])
 def test_file_that_is_cut_short_is_called_broken(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"m{ending}"

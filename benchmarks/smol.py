@@ -245,8 +245,8 @@ def train_row(bench: Bench, length: int, num_targets: int) -> Row:
 
     def our_step() -> float:
         nonlocal state
-        state, loss = train_step(state, frozen, on_device)
-        return float(loss)
+        state, numbers = train_step(state, frozen, on_device)
+        return float(numbers.loss)
 
     their_step = bench.llama.train_step(bench.params["llama_proj"], batch, optimizer)
     losses = [(our_step(), their_step()) for _ in range(3)]

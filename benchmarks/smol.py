@@ -287,7 +287,11 @@ def measure(row: Row, rounds: int) -> dict[str, Any]:
             while time.perf_counter() < end or not samples:
                 samples.append(sides[name]())
             medians[name].append(1000 * statistics.median(samples) / row.units)
-    return summary(medians) | {"what": row.what, "difference": float(f"{row.difference:.1e}")}
+    return summary(medians) | {
+        "what": row.what,
+        "difference": float(f"{row.difference:.1e}"),
+        "load_after": round(os.getloadavg()[0], 2),
+    }
 
 
 def summary(medians: dict[str, list[float]]) -> dict[str, Any]:
@@ -330,7 +334,7 @@ def use_two_threads() -> None:
 
 
 def main() -> None:
-    """Runs the benchmark; prints the rows and writes the JSON."""
+    """Runs the benchmark; prints every row and writes the JSON as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--rounds", type=int, default=9)
@@ -356,10 +360,10 @@ def main() -> None:
             f"{name:17} {row['ratio']:5.2f} ({low:.2f} to {high:.2f})  {times}  [{row['what']}]",
             flush=True,
         )
-    if args.out:
-        beside = args.out.with_suffix(".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(beside, args.out)
+        if args.out:
+            beside = args.out.with_suffix(".tmp")
+            beside.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(beside, args.out)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ class Engine:
         caches = self._free_caches.pop(batch, None) or init_cache(
             self.config.llama, batch, num_slots=self.context + 1, dtype=self._dtype
         )
-        num_slots = self.bucket(int(lengths.max()) + max_new_tokens)
+        num_slots = self.slots(int(lengths.max()) + max_new_tokens)
         seen = np.zeros((batch, self.config.llama.vocab_size), bool)
         seen[:, list(written)] = True
         sampling = jax.device_put(sampling)  # once, and not at every step
@@ -177,8 +177,17 @@ class Engine:
         return padded, lengths
 
     def bucket(self, length: int) -> int:
-        """The padded length of a prompt, and the slots an answer reads: the next power of two, 64 to the context."""
-        return min(max(64, 1 << (length - 1).bit_length()), self.context)
+        """The padded length of a prompt: 64, 96, 128, 192, ... (powers of two and halfway between), or the context."""
+        power = max(64, 1 << (length - 1).bit_length())
+        halfway = power // 4 * 3
+        return min(halfway if 64 < length <= halfway else power, self.context)
+
+    def slots(self, length: int) -> int:
+        """Cache slots that are read at every step of an answer that ends at `length`: 256, 512, ..., or the context.
+
+        One number for the whole answer, and few of them: each is a program of its own.
+        """
+        return min(max(256, 1 << (length - 1).bit_length()), self.context)
 
     def _pad_images(
         self,

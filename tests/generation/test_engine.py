@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -179,7 +180,7 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
     tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
 ) -> None:
     fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
-    # Another length, another answer length, a picture or none: the same bucket of 64.
+    # Another length, another answer length, a picture or none: the same bucket of 64, the same slots (the context).
     one, none = prompts[0], prompts[2]
     answer(fresh, one)
     assert compiles, "the listener hears nothing; the test shows nothing"
@@ -270,11 +271,43 @@ def test_the_cache_of_the_last_answer_serves_the_next(engine: Engine, prompts: A
     assert engine._free_caches[1][0].k.unsafe_buffer_pointer() == place
 
 
-@pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 100), (100, 100)])
-def test_prompts_are_padded_to_powers_of_two_up_to_the_context(
-    length: int, expected: int, engine: Engine
+@pytest.fixture(scope="module")
+def roomy(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
+    config = dataclasses.replace(
+        tiny_config, llama=dataclasses.replace(tiny_config.llama, max_positions=2048)
+    )
+    return Engine(tiny_params, config, dtype=jnp.float32, context=1100)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (129, 192), (513, 768), (1025, 1100)],
+)
+def test_prompts_are_padded_to_powers_of_two_and_halfway_up_to_the_context(
+    length: int, expected: int, roomy: Engine
 ) -> None:
-    assert engine.bucket(length) == expected
+    assert roomy.bucket(length) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 256), (256, 256), (257, 512), (1024, 1024), (1025, 1100)]
+)
+def test_an_answer_reads_a_power_of_two_of_slots_up_to_the_context(
+    length: int, expected: int, roomy: Engine
+) -> None:
+    assert roomy.slots(length) == expected
+
+
+def test_an_answer_that_reads_few_slots_is_the_one_that_reads_all_of_them(
+    roomy: Engine, prompts: Any
+) -> None:
+    ids, embeds = prompts[0]
+    settings: dict[str, Any] = {"stop_tokens": NEVER, "sampling": GREEDY}
+    few = roomy.stream(ids, embeds, max_new_tokens=20, **settings)
+    many = roomy.stream(ids, embeds, max_new_tokens=1000, **settings)
+    assert [next(few) for _ in range(20)] == [next(many) for _ in range(20)]
+    few.close()
+    many.close()
 
 
 # --- stopped halfway ---

@@ -10,6 +10,7 @@ Differs from the PyTorch original, whose loaders call `load_state_dict(strict=Fa
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from convert.arrays import contiguous, count_not_finite
 from convert.sources import TensorSource
 from minigpt4_jax.config import UserError
 
@@ -223,6 +225,74 @@ def _expect_ndim(x: Array, ndim: int) -> Array:
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Step:
+    """One parameter to be filled: its path, the row that says how, and that row's source names."""
+
+    path: str
+    rule: Rule
+    sources: tuple[str, ...]
+
+
+class Plan:
+    """A table laid over one source and one tree: what will be made, and what is wrong with it, before a value is read.
+
+    Args:
+        source: where tensors come from.
+        rules: the table.
+        excuses: source tensors that are left out on purpose.
+        target: nested dict of anything with a `.shape` (`jax.ShapeDtypeStruct`).
+        dtype: storage type of the result; None keeps the dtype that the source and the operations give.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        rules: Iterable[Rule],
+        *,
+        excuses: Iterable[Excuse],
+        target: Mapping[str, Any],
+        dtype: npt.DTypeLike | None = None,
+    ) -> None:
+        self.source = source
+        self._excuses = tuple(excuses)
+        self._dtype = dtype
+        self._shapes = dict(flatten(target))
+        self.steps = [
+            Step(path, rule, sources)
+            for rule in rules
+            for path, sources in _expand(rule, target, self._shapes)
+        ]
+        self.problems, self.excused = _name_problems(
+            source, self.steps, self._excuses, self._shapes
+        )
+
+    def make(self, step: Step) -> tuple[Array | None, list[Problem]]:
+        """Reads and computes one parameter. It is None where there is nothing that could be stored."""
+        if not set(step.sources) <= set(self.source.names()):
+            return None, []  # among the plan's own problems
+        try:
+            value = step.rule.op.apply(*(self.source.get(name) for name in step.sources))
+        except ValueError as error:
+            text = f"{step.path} <- {' , '.join(step.sources)}: {error}"
+            return None, [Problem(MISSHAPEN, text)]
+        value = contiguous(value)
+        value = value if self._dtype is None else value.astype(self._dtype, copy=False)
+        return value, _value_problems(step.path, step.sources, value, self._shapes)
+
+    def size(self, step: Step) -> int:
+        """Bytes that a parameter will take, as far as shapes and dtypes tell before it is made."""
+        names = set(self.source.names())
+        dtypes = [self.source.dtype(name) for name in step.sources if name in names]
+        dtype = np.dtype(self._dtype) if self._dtype is not None else np.result_type(*dtypes)
+        shape: tuple[int, ...] = tuple(self._shapes[step.path].shape)
+        return math.prod(shape) * dtype.itemsize
+
+    def copy_problems(self) -> list[Problem]:
+        """Excuses that rest on being a copy of another tensor, checked value by value."""
+        return _copy_problems(self.source, self._excuses)
+
+
 def convert(
     source: TensorSource,
     rules: Iterable[Rule],
@@ -232,49 +302,33 @@ def convert(
     dtype: npt.DTypeLike | None = None,
     on_tensor: Callable[[int, int, str], None] | None = None,
 ) -> Conversion:
-    """Fills the tree `target` from `source`, one tensor at a time.
+    """Fills the tree `target` from `source` in memory, one tensor at a time. For small parts and for tests; `model.py`
+    streams whole models to disk.
 
     Args:
-        rules: the table.
-        excuses: source tensors that are left out on purpose.
-        target: nested dict of anything with a `.shape` (`jax.ShapeDtypeStruct`).
-        dtype: storage type of the result; None keeps the dtype that the source and the operations give.
+        source, rules, excuses, target, dtype: see `Plan`.
         on_tensor: called after every tensor with (done, total, target path).
 
     Raises:
         ConversionError: with every problem of the whole file.
     """
-    shapes = dict(flatten(target))
-    excuses = tuple(excuses)
-    todo = [
-        (path, rule, sources) for rule in rules for path, sources in _expand(rule, target, shapes)
-    ]
-    problems, excused = _name_problems(source, todo, excuses, shapes)
-    names = set(source.names())
-
+    plan = Plan(source, rules, excuses=excuses, target=target, dtype=dtype)
+    problems = list(plan.problems)
     params: Tree = {}
     filled: list[Filled] = []
-    for done, (path, rule, sources) in enumerate(todo, start=1):
-        if not names.issuperset(sources):
-            continue
-        try:
-            value = np.ascontiguousarray(rule.op.apply(*(source.get(name) for name in sources)))
-        except ValueError as error:
-            problems.append(Problem(MISSHAPEN, f"{path} <- {' , '.join(sources)}: {error}"))
-            continue
-        value = value if dtype is None else value.astype(dtype, copy=False)
-        problems += _value_problems(path, sources, value, shapes)
-        if not problems:
+    for done, step in enumerate(plan.steps, start=1):
+        value, found = plan.make(step)
+        problems += found
+        if not problems and value is not None:
             # Only a conversion without a problem so far is worth its memory.
-            insert(params, path, value)
-            filled.append(Filled(rule, path, value.shape, str(value.dtype)))
+            insert(params, step.path, value)
+            filled.append(Filled(step.rule, step.path, value.shape, str(value.dtype)))
         if on_tensor is not None:
-            on_tensor(done, len(todo), path)
-
-    problems += _copy_problems(source, excuses)
+            on_tensor(done, len(plan.steps), step.path)
+    problems += plan.copy_problems()
     if problems:
         raise ConversionError(source.describe(), problems)
-    return Conversion(params=params, filled=tuple(filled), excused=tuple(excused))
+    return Conversion(params=params, filled=tuple(filled), excused=tuple(plan.excused))
 
 
 def _expand(
@@ -295,20 +349,20 @@ def _expand(
 
 def _name_problems(
     source: TensorSource,
-    todo: list[tuple[str, Rule, tuple[str, ...]]],
+    steps: list[Step],
     excuses: tuple[Excuse, ...],
     shapes: Mapping[str, Any],
 ) -> tuple[list[Problem], list[tuple[str, str]]]:
     """What can be seen without reading a tensor, and the (name, reason) pairs that are excused."""
     names = dict.fromkeys(source.names())
-    used = {name for _, _, sources in todo for name in sources}
+    used = {name for step in steps for name in step.sources}
     problems: list[Problem] = []
     excused: list[tuple[str, str]] = []
 
-    for path, _, sources in todo:
-        for name in sources:
+    for step in steps:
+        for name in step.sources:
             if name not in names:
-                problems.append(Problem(MISSING, f"{name} (for {path})"))
+                problems.append(Problem(MISSING, f"{name} (for {step.path})"))
     for name in names:
         excuse = next((e for e in excuses if e.matches(name)), None)
         if excuse is None and name not in used:
@@ -318,10 +372,10 @@ def _name_problems(
         elif excuse is not None:
             excused.append((name, excuse.reason))
 
-    times = Counter(path for path, _, _ in todo)
+    times = Counter(step.path for step in steps)
     for path, count in times.items():
         if count > 1:
-            by = [", ".join(sources) for p, _, sources in todo if p == path]
+            by = [", ".join(step.sources) for step in steps if step.path == path]
             problems.append(Problem(DOUBLE, f"{path} (from {'; from '.join(by)})"))
         if path not in shapes:
             problems.append(Problem(UNKNOWN, path))
@@ -342,7 +396,7 @@ def _value_problems(
                 f"{path} <- {', '.join(sources)}: shape {list(value.shape)}, the model has {list(shapes[path].shape)}",
             )
         )
-    bad = int(np.size(value) - np.count_nonzero(np.isfinite(value)))
+    bad = count_not_finite(value)
     if bad:
         problems.append(
             Problem(

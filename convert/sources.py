@@ -22,17 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt4_jax.config import UserError
+from minigpt4_jax.weight_files import DTYPES as SAFETENSORS_DTYPES
 
 Array = npt.NDArray[Any]
-
-SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
-    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-}
-"""The format's names of the dtypes that weights come in."""
 
 
 class TensorSource(Protocol):

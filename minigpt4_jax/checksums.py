@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,19 @@ class NewerFormat(UserError):
     """The folder was written by a version that this one does not know."""
 
 
-def write_checksums(folder: Path) -> None:
-    """Writes `checksums.json` into `folder`, about every file below it."""
+def write_checksums(folder: Path, *, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Writes `checksums.json` into `folder`, about every file below it.
+
+    Args:
+        known: by path below `folder`, what `file_checksum` would say: taken while the file was written.
+    """
     names = sorted(_files(folder))
+    found = {name: entry for name, entry in (known or {}).items() if name in names}
+    new = [name for name in names if name not in found]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(
-            zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True)
-        )
+        sums = pool.map(lambda name: file_checksum(folder / name), new)
+        found |= dict(zip(new, sums, strict=True))
+    found = {name: found[name] for name in names}
     partial = folder / f"{FILE}.partial"
     partial.write_text(json.dumps({"format": FORMAT, "files": found}, indent=0) + "\n")
     os.replace(partial, folder / FILE)
@@ -72,7 +78,9 @@ def damaged_files(folder: Path) -> list[str] | None:
     problems += [f"{name} does not belong there" for name in sorted(present - expected.keys())]
     both = sorted(present & expected.keys())
     with ThreadPoolExecutor(_THREADS) as pool:
-        for name, found in zip(both, pool.map(lambda n: _checksum(folder / n), both), strict=True):
+        for name, found in zip(
+            both, pool.map(lambda n: file_checksum(folder / n), both), strict=True
+        ):
             problems += _differences(name, found, expected[name])
     return problems
 
@@ -83,7 +91,8 @@ def _files(folder: Path) -> Iterator[str]:
             yield file.relative_to(folder).as_posix()
 
 
-def _checksum(file: Path) -> dict[str, Any]:
+def file_checksum(file: Path) -> dict[str, Any]:
+    """`{"bytes", "crc32"}` of a file, or `{"unreadable": why}`."""
     crc, size = 0, 0
     try:
         with file.open("rb") as f:

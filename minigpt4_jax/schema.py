@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 from collections.abc import Iterator
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Schema = TypeVar("Schema")
 
 
 def leaves(values: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -84,3 +86,33 @@ def type_name(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "a section with the keys " + ", ".join(get_type_hints(hint))
     return str(hint)
+
+
+def from_plain(schema: type[Schema], values: Any) -> Schema:
+    """The frozen dataclass that `dataclasses.asdict` turned into plain values, also after a way through JSON.
+
+    Raises:
+        ValueError: keys that the schema lacks, or fields without a default that `values` lacks.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{schema.__name__} is {values!r}; expected its fields")
+    hints = get_type_hints(schema)
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type] # a dataclass type
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted(
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        raise ValueError(f"{schema.__name__} has unknown fields {unknown} and lacks {missing}")
+    return schema(**{name: _from_plain(hints[name], value) for name, value in values.items()})
+
+
+def _from_plain(hint: Any, value: Any) -> Any:
+    options = [option for option in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(option)]
+    if value is not None and options and get_origin(hint) is not dict:
+        return from_plain(options[0], value)
+    return tuple(value) if get_origin(hint) is tuple else value

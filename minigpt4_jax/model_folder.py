@@ -1,0 +1,252 @@
+"""A converted model on disk: what it is, its tokenizer's place, and its weights, one file per layer.
+
+    NAME/manifest.json          the resolved preset (sizes, template, image processor); where the weights came from
+    NAME/tokenizer.json, ...    see data/tokenizer.py
+    NAME/weights/*.safetensors  one file per layer and one for the rest of each part, in the dtype of the source
+    NAME/checksums.json         size and CRC-32 of all of these (checksums.py)
+
+For: opening such a folder, on a local disk or in a bucket, and reading its weights straight onto devices: every device
+gets its slice, cast and stacked on the way, and a host reads nothing that none of its devices needs.
+Not for: making one (`convert/model.py`), nor the checkpoints of a training run (`training/checkpoints.py`).
+
+Why files per layer, and not one Orbax checkpoint: saving a stacked tree of 3.2 GB with Orbax took 5 to 6 GB of memory;
+this way nobody ever holds more than a layer, an interrupted conversion goes on behind the last whole layer, and the
+files are read by every safetensors library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import posixpath
+import re
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from minigpt4_jax.checkpoint import CheckpointError, find_damage, leaf_names, require_same_trees
+from minigpt4_jax.checksums import FILE as CHECKSUMS
+from minigpt4_jax.config import UserError
+from minigpt4_jax.presets import Preset
+from minigpt4_jax.schema import from_plain
+from minigpt4_jax.weight_files import WeightFile, is_url, open_filesystem
+
+FORMAT = "minigpt4_jax.model"
+VERSION = 1
+"""Of the folder. Raise it when an older version of this project must not read what this one writes."""
+MANIFEST, WEIGHTS = "manifest.json", "weights"
+
+Array = npt.NDArray[Any]
+Tree = dict[str, Any]
+
+
+def file_of(name: str) -> str:
+    """The file that a parameter lies in: `llama/layers/3/mlp/up_proj/kernel` -> `llama.layers.3`, `llama/norm/scale` ->
+    `llama`."""
+    parts = name.split("/")
+    layer = next((at for at, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: layer + 1])
+
+
+class ModelFolder:
+    """An opened folder. Nothing but its manifest is read until it is asked for.
+
+    Raises:
+        UserError: no model folder there, one of a later version, or a manifest that cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        manifest = self._read_manifest()
+        self.sources: dict[str, Any] = manifest["sources"]
+        """Where each part came from: file names, sizes, SHA-256."""
+        try:
+            self.preset = from_plain(Preset, manifest["preset"])
+            """Sizes, template, image processor and settings of an answer, as they were when it was converted."""
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._at(MANIFEST)} does not describe a model that this version knows ({error}). Convert it again."
+            ) from error
+
+    def _at(self, *names: str) -> str:
+        return posixpath.join(self.path, *names)
+
+    def _read_text(self, name: str) -> str:
+        if is_url(self.path):
+            fs, path = open_filesystem(self._at(name))
+            text: str = fs.cat_file(path).decode()
+            return text
+        return Path(self._at(name)).read_text(encoding="utf-8")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads(self._read_text(MANIFEST))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{self.path} is no model folder: there is no {MANIFEST} in it. Expected what `python -m convert` "
+                "writes."
+            ) from error
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{self._at(MANIFEST)} cannot be read ({error}). Convert it again."
+            ) from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{self.path} is no model folder: its {MANIFEST} does not say {FORMAT!r}. Expected what `python -m "
+                "convert` writes."
+            )
+        if manifest.get("version") != VERSION:
+            raise UserError(
+                f"{self.path} has the version {manifest.get('version')}; this minigpt4_jax reads version {VERSION}. "
+                "Convert it again, or use the version that wrote it."
+            )
+        return manifest
+
+    @cached_property
+    def _files(self) -> dict[str, WeightFile]:
+        """Parameter path -> the file it is in."""
+        stored = json.loads(self._read_text(CHECKSUMS))["files"]
+        found: dict[str, WeightFile] = {}
+        for name in sorted(stored):
+            if name.startswith(f"{WEIGHTS}/"):
+                file = WeightFile(self._at(name))
+                found |= dict.fromkeys(file.names(), file)
+        return found
+
+    def describe(self) -> str:
+        """The folder, in the words of an error message."""
+        return self.path
+
+    def names(self) -> tuple[str, ...]:
+        """Paths of all parameters, `llama/layers/0/mlp/up_proj/kernel`."""
+        return tuple(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self._files[name].shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Dtype that a parameter is stored in."""
+        return self._files[name].dtype(name)
+
+    def get(self, name: str) -> Array:
+        """One whole parameter; of a local folder a view of the file."""
+        return self._files[name].read(name)
+
+    def require_whole(self) -> None:
+        """Compares every file of a local folder with its checksum; one in a bucket is not read for that.
+
+        Raises:
+            CheckpointError: what is missing, damaged or too much.
+        """
+        problems = [] if is_url(self.path) else find_damage(Path(self.path))
+        if problems:
+            raise CheckpointError(
+                f"The model folder {self.path} is damaged: {'; '.join(problems[:4])}"
+                f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. Copy or convert it again."
+            )
+
+    def load(
+        self,
+        abstract: Tree,
+        *,
+        shardings: Tree | jax.sharding.Sharding | None = None,
+        dtype: Any = None,
+    ) -> Tree:
+        """Reads parameters onto devices.
+
+        Args:
+            abstract: tree of `jax.ShapeDtypeStruct` with the parts that are wanted (top-level keys), in the layout
+                `DISK`, or in `TRAIN`, whose leaves of repeated blocks are stacked while they are read. Of a part that
+                is asked for, names and shapes must agree in both directions.
+            shardings: one for all leaves or a tree of them; default: everything on the first device.
+            dtype: read floating-point leaves as this dtype. Default: as stored.
+
+        Returns:
+            A tree like `abstract` of `jax.Array`. Memory beside the arrays: one device's part of one leaf.
+
+        Raises:
+            CheckpointError: the folder holds another model; every difference is listed.
+        """
+        stacks = self._stacks()
+        stored = {
+            name: jax.ShapeDtypeStruct(self._shape_of(name, members), self.dtype(members[0]))
+            for name, members in stacks.items()
+        }
+        wanted = leaf_names(abstract)
+        # What is wanted in stacks is not also wanted layer by layer, and the other way round.
+        plain = {name: stored[name] for name in self._files if name.split("/")[0] in abstract}
+        for name in wanted.keys() - plain.keys():
+            if name in stacks:
+                plain[name] = stored[name]
+                for member in stacks[name]:
+                    del plain[member]
+        require_same_trees(plain, wanted, what=f"The model folder {self.path}", check_dtypes=False)
+        if shardings is None:
+            shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if isinstance(shardings, jax.sharding.Sharding):
+            placed = dict.fromkeys(wanted, shardings)
+        else:
+            placed = leaf_names(shardings)
+        arrays = [
+            self._place(name, stacks[name], leaf.shape, placed[name], dtype)
+            for name, leaf in wanted.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+    def _stacks(self) -> dict[str, list[str]]:
+        """Path in either layout -> the stored parameters it is made of, in the order of the layers."""
+        stacks: dict[str, list[str]] = {name: [name] for name in self._files}
+        layers: dict[str, dict[int, str]] = defaultdict(dict)
+        for name in self._files:
+            found = re.search(r"/(\d+)/", name)
+            if found:
+                layers[name.replace(found[0], "/", 1)][int(found[1])] = name
+        return stacks | {
+            name: [by_number[i] for i in sorted(by_number)] for name, by_number in layers.items()
+        }
+
+    def _shape_of(self, name: str, members: list[str]) -> tuple[int, ...]:
+        if name in self._files:
+            return self.shape(name)
+        shapes = {self.shape(member) for member in members}
+        if len(shapes) > 1:
+            raise CheckpointError(
+                f"The layers of {name} in {self.path} have the shapes {sorted(shapes)}; expected one, to stack them."
+            )
+        return (len(members), *shapes.pop())
+
+    def _place(
+        self, name: str, members: list[str], shape: tuple[int, ...], sharding: Any, dtype: Any
+    ) -> jax.Array:
+        stored = self.dtype(members[0])
+        target = (
+            dtype if dtype is not None and jax.numpy.issubdtype(stored, np.floating) else stored
+        )
+
+        def part(index: tuple[slice, ...]) -> Array:
+            if name in self._files:
+                return np.asarray(self._files[name].read(name, index)).astype(target)
+            chosen = members[index[0]]
+            slices = [self._files[member].read(member, index[1:]) for member in chosen]
+            stack = np.empty((len(slices), *slices[0].shape), target)
+            for at, piece in enumerate(slices):
+                stack[at] = piece
+            return stack
+
+        return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def manifest_of(preset: Preset, sources: dict[str, Any]) -> dict[str, Any]:
+    """What `manifest.json` holds."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "preset": dataclasses.asdict(preset),
+        "sources": sources,
+    }

@@ -2,21 +2,23 @@
 
 For: the rule engine, which does both to every tensor of a 26 GB model. Not for: what tensors mean.
 
-NumPy copies a transposed view element by element across the whole matrix, and treats bfloat16 (`ml_dtypes`, a dtype of
-its own) by a function call per element. Both are done here on unsigned integers of the same width, a block at a time.
+NumPy copies a transposed view element by element across the whole matrix (0.2 GB/s on two cores), and treats bfloat16
+(`ml_dtypes`, a dtype of its own) by a function call per element. JAX's transfer to its CPU device transposes in blocks
+(1 GB/s and more); NaN are counted on the bits.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_BLOCK = 128  # rows of a block: with 2-byte numbers, a block of 128 x 128 and its copy lie in the first-level cache
 _CHUNK = 1 << 22  # numbers that are looked at in one go
 
 _EXPONENT = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
@@ -25,23 +27,21 @@ _EXPONENT = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 
 def contiguous(x: Array) -> Array:
     """`np.ascontiguousarray`, faster for the transpose of a matrix."""
-    if (
-        x.ndim != 2
-        or not x.flags.f_contiguous
-        or x.flags.c_contiguous
-        or x.dtype.itemsize not in (2, 4)
-    ):
+    cpu = _cpu()
+    transposed = x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
+    if not transposed or cpu is None or x.dtype.itemsize not in (2, 4):  # JAX makes 8 bytes into 4
         return np.ascontiguousarray(x)
-    bits = np.dtype(f"u{x.dtype.itemsize}")
-    source = x.T.view(bits)
-    copy = np.empty(x.shape, bits)
-    for first in range(0, source.shape[0], _BLOCK):
-        rows = source[first : first + _BLOCK]
-        for column in range(0, source.shape[1], _BLOCK):
-            copy[column : column + _BLOCK, first : first + _BLOCK] = rows[
-                :, column : column + _BLOCK
-            ].T
-    return copy.view(x.dtype)
+    bits = x.T.view(f"u{x.dtype.itemsize}").T
+    return np.asarray(jax.device_put(bits, cpu)).view(x.dtype)
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    """None where JAX was told to leave the CPU alone (`JAX_PLATFORMS=cuda`); NumPy then does it, slowly."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def count_not_finite(x: Array) -> int:

@@ -1,0 +1,176 @@
+"""The mesh, and where every parameter lies on it. The only PartitionSpecs of the project.
+
+For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards. Not for: moving arrays, and
+not for activations (constraints on these come with the sharded train step).
+
+The table has one row per parameter of a block. Every parameter must be met by exactly one row: a new parameter without
+a row is an error, and there is no row that catches the rest. It is Megatron's (Shoeybi et al., arXiv 1909.08053, §3) on
+the axis `tensor`: the first matmul of a pair is split along its outputs, the second along its inputs, so that one sum
+per pair crosses devices; the other axis of a kernel is split over `fsdp` (ZeRO-3). What is small is everywhere.
+
+Differs from the original, which copies every weight to every GPU (torch DDP).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from minigpt4_jax.config import UserError
+
+AXES = ("data", "fsdp", "tensor")
+"""Batch; frozen weights in slices that are gathered for use; matmuls in slices."""
+
+LAYER = "{i}"
+"""Stands for the layer's number in the layout `DISK`, and for a leading axis in `TRAIN`."""
+
+_OUT, _IN, _ALL = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
+
+
+def _attention(where: str, *, biases: str) -> dict[str, P]:
+    table = {f"{where}/{name}_proj/kernel": _OUT for name in "qkv"}
+    table |= {f"{where}/{name}_proj/bias": P("tensor") for name in "qkv" if name in biases}
+    table[f"{where}/o_proj/kernel"] = _IN
+    return table | ({f"{where}/o_proj/bias": _ALL} if biases else {})
+
+
+def _mlp(where: str) -> dict[str, P]:
+    return {
+        f"{where}/fc1/kernel": _OUT,
+        f"{where}/fc1/bias": P("tensor"),
+        f"{where}/fc2/kernel": _IN,
+        f"{where}/fc2/bias": _ALL,
+    }
+
+
+def _norm(where: str) -> dict[str, P]:
+    return {f"{where}/scale": _ALL, f"{where}/bias": _ALL}
+
+
+RULES: dict[str, P] = {
+    "vit/cls_token": _ALL,
+    "vit/pos_embed": _ALL,
+    "vit/patch_embed/kernel": _ALL,
+    "vit/patch_embed/bias": _ALL,
+    **_norm("vit/blocks/{i}/norm1"),
+    **_attention("vit/blocks/{i}/attn", biases="qv"),
+    **_norm("vit/blocks/{i}/norm2"),
+    **_mlp("vit/blocks/{i}/mlp"),
+    **_norm("ln_vision"),
+    "query_tokens": _ALL,
+    **_norm("qformer/norm"),
+    **_attention("qformer/layer/{i}/attention", biases="qkv"),
+    **_norm("qformer/layer/{i}/attention_norm"),
+    **_attention("qformer/layer/{i}/cross_attention", biases="qkv"),
+    **_norm("qformer/layer/{i}/cross_attention_norm"),
+    **_mlp("qformer/layer/{i}/mlp"),
+    **_norm("qformer/layer/{i}/mlp_norm"),
+    # Trained, and read by the optimizer everywhere: 15 MB at most.
+    "llama_proj/kernel": _ALL,
+    "llama_proj/bias": _ALL,
+    # The vocabulary of Vicuna v0 has 32,001 rows, which nothing divides: both ends are split along the width.
+    "llama/embed_tokens/embedding": P(None, ("fsdp", "tensor")),
+    "llama/layers/{i}/input_layernorm/scale": _ALL,
+    **_attention("llama/layers/{i}/self_attn", biases=""),
+    "llama/layers/{i}/post_attention_layernorm/scale": _ALL,
+    "llama/layers/{i}/mlp/gate_proj/kernel": _OUT,
+    "llama/layers/{i}/mlp/up_proj/kernel": _OUT,
+    "llama/layers/{i}/mlp/down_proj/kernel": _IN,
+    "llama/norm/scale": _ALL,
+    "llama/lm_head/kernel": P(("fsdp", "tensor"), None),
+}
+"""Path of a parameter (kernels are `[in, out]`) -> its PartitionSpec."""
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `data * fsdp * tensor` devices, neighbours along `tensor`.
+
+    Args:
+        devices: default: all of the program's.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = (data, fsdp, tensor)
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        raise UserError(
+            f"The mesh is data={data} x fsdp={fsdp} x tensor={tensor}, {math.prod(sizes)} devices; expected "
+            f"{len(devices)}, as many as there are. Change one of the sizes."
+        )
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+
+
+def make_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
+    """A tree like `params` of `NamedSharding`, by the table.
+
+    Args:
+        mesh: from `make_mesh`, or an abstract one.
+        params: tree of anything with a `.shape`, in the layout `DISK` or `TRAIN`.
+
+    Raises:
+        ValueError: parameters that no row meets, or more than one.
+        UserError: sizes that the mesh does not divide; all of them are listed.
+    """
+    leaves = dict(_paths(params))
+    found = {path: match_rule(path) for path in leaves}
+    stray = sorted(path for path, rules in found.items() if len(rules) != 1)
+    if stray:
+        raise ValueError(f"Expected one row of sharding.RULES for each of {stray}.")
+    specs = {path: _spec(path, rules[0]) for path, rules in found.items()}
+    uneven = [
+        f"{path} {list(leaves[path].shape)} over {spec}"
+        for path, spec in specs.items()
+        if not _divides(mesh, spec, leaves[path].shape)
+    ]
+    if uneven:
+        raise UserError(
+            f"The mesh {dict(mesh.shape)} does not divide {'; '.join(uneven)}. Expected axes that divide every size; "
+            "choose smaller ones."
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: NamedSharding(mesh, specs["/".join(key.key for key in keys)]), params
+    )
+
+
+def match_rule(path: str) -> list[str]:
+    """The rows of the table that meet a parameter, in either layout; one, where all is well."""
+    return [
+        rule for rule in RULES if path in (rule.replace(f"/{LAYER}", ""), _numbered(path, rule))
+    ]
+
+
+def _numbered(path: str, rule: str) -> str | None:
+    """`path` if it is `rule` with some number for its layer."""
+    pattern = re.escape(rule).replace(re.escape(LAYER), r"\d+")
+    return path if re.fullmatch(pattern, path) else None
+
+
+def _spec(path: str, rule: str) -> P:
+    stacked = LAYER in rule and _numbered(path, rule) is None
+    return P(None, *RULES[rule]) if stacked and RULES[rule] else RULES[rule]
+
+
+def _divides(mesh: Mesh | AbstractMesh, spec: P, shape: Sequence[int]) -> bool:
+    for size, axes in zip(shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if size % math.prod(mesh.shape[name] for name in names):
+            return False
+    return True
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, leaf in tree.items():
+        if isinstance(leaf, Mapping):
+            yield from _paths(leaf, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", leaf

@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from convert import eva_vit, llama
+from convert import eva_vit
+from convert.facts import describe_file, print_facts
+from convert.llama_files import open_llama
 from convert.projection import ProjectionInfo, read_projection, write_projection, write_released
 from convert.rules import LAYER, Conversion, Excuse, Filled, convert
 from convert.smol import prepare_smol
@@ -68,14 +70,30 @@ def _parser() -> argparse.ArgumentParser:
 
     language = commands.add_parser(
         "llama",
-        help="a LLaMA, Vicuna or SmolLM2: GGUF file or Hugging Face folder",
+        help="a LLaMA, Vicuna or SmolLM2: Hugging Face folder, Meta's folder or GGUF file",
         description="Converts a LLaMA-family language model. The sizes are read from the file.",
     )
     language.add_argument(
-        "source", type=Path, metavar="SRC", help="model.gguf, or a folder with config.json"
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="model.gguf, or a folder with config.json (Hugging Face) or params.json (Meta)",
+    )
+    language.add_argument(
+        "--delta", type=Path, metavar="DIR", help="a Vicuna delta that is added to SRC"
     )
     _add_common(language)
     language.set_defaults(run=_llama)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a file or folder is, and which option of the converter takes it",
+        description="Says what a file or folder is: kind, sizes, dtypes, number of tensors and parameters, the models "
+        "of this project that it fits, and the option of the converter that takes it. Reads names and a few norms, "
+        "never all the weights.",
+    )
+    inspect.add_argument("files", type=Path, nargs="+", metavar="FILE", help="file or folder")
+    inspect.set_defaults(run=_inspect)
 
     vision = commands.add_parser(
         "eva-vit",
@@ -149,19 +167,24 @@ def _smol(args: argparse.Namespace) -> None:
 
 def _llama(args: argparse.Namespace) -> None:
     _require_new(args.out)
-    source = open_source(args.source)
-    gguf = isinstance(source, GgufSource)
-    config = llama.gguf_config(source) if gguf else llama.hf_config(args.source)
+    model = open_llama(args.source, delta=args.delta)
+    for note in model.notes:
+        _out.print(_plain(f"note: {note}"), highlight=False, soft_wrap=True)
     done = _convert(
         args,
-        source,
-        llama.gguf_rules(config) if gguf else llama.hf_rules(config),
-        excuses=llama.GGUF_EXCUSES if gguf else llama.hf_excuses(config),
-        target=abstract_params(_around(config))["llama"],
+        model.source,
+        model.rules,
+        excuses=model.excuses,
+        target=abstract_params(_around(model.config))["llama"],
     )
-    _write(args, "llama", done, config)
-    if gguf:
-        save_tokenizer(args.out, source.metadata)
+    _write(args, "llama", done, model.config)
+    if isinstance(model.source, GgufSource):
+        save_tokenizer(args.out, model.source.metadata)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    for path in args.files:
+        print_facts(describe_file(path), _out)
 
 
 def _eva_vit(args: argparse.Namespace) -> None:

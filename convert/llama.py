@@ -1,7 +1,8 @@
 """Tables for LLaMA-family language models: GGUF files and Hugging Face folders -> the `llama` tree.
 
 For: MHA and GQA, tied and untied heads; the config is read from the file, never assumed.
-Not for: LoRA deltas of MiniGPT-v2 (a later table) and tokenizers (`tokenizer.py`).
+Not for: opening files (`llama_files.py`, which is what callers want), Meta's files (`meta.py` shows them under Hugging
+Face's names), LoRA deltas of MiniGPT-v2 (a later table) and tokenizers (`tokenizer.py`).
 
 Differs from the original, which downloads through `transformers` and needs torch. Kernels become `[in, out]`. GGUF
 keeps the rows of q and k so that rotary pairs are neighbours; Hugging Face and this project rotate the two halves of a
@@ -95,8 +96,9 @@ def gguf_config(source: TensorSource) -> LlamaConfig:
     architecture = _need(meta, "general.architecture", where)
     if architecture != "llama":
         raise UserError(f"{where} holds the architecture {architecture!r}; expected 'llama'.")
-    scaling = meta.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
+    # Before this key there was `scale_linear`, a factor.
+    scaling = meta.get("llama.rope.scaling.type") or meta.get("llama.rope.scale_linear", 1.0)
+    if scaling not in ("none", 1.0):
         raise UserError(f"{where} scales its rope ({scaling!r}); expected a model without scaling.")
 
     def need(key: str) -> Any:
@@ -118,7 +120,8 @@ def gguf_config(source: TensorSource) -> LlamaConfig:
         # llama.cpp writes the key only for grouped heads in some versions; the format defines its absence as MHA.
         num_kv_heads=meta.get("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
-        rope_base=_decimal(need("rope.freq_base")),
+        # Of LLaMA 1 and 2 the key is left out, as config.json has none; the format defines its absence as 10000.
+        rope_base=_decimal(meta.get("llama.rope.freq_base", 10000.0)),
         norm_eps=_decimal(need("attention.layer_norm_rms_epsilon")),
         tie_embeddings="output.weight" not in source.names(),
         max_positions=need("context_length"),
@@ -129,28 +132,31 @@ def hf_config(folder: Path) -> LlamaConfig:
     """Reads the sizes from a Hugging Face `config.json`.
 
     Keys that the format lets a file leave out (GQA, head dim, rope base and tying, all younger than LLaMA 1) take the
-    value that their absence means there.
+    value that their absence means there. The dtype is not read: every tensor says its own.
 
     Raises:
-        UserError: no config.json, another architecture, rope scaling, or biases.
+        UserError: no config.json, another architecture, rope scaling, biases, or quantised weights.
     """
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"There is no {path}; expected a Hugging Face folder with its config.json.")
-    meta: dict[str, Any] = json.loads(path.read_text())
+    meta = _read_config(path)
     rope: dict[str, Any] = meta.get("rope_parameters") or {}
+    # transformers 4 keeps the scaling apart, under `type` or `rope_type`; 5 in rope_parameters.
+    scaling: dict[str, Any] = meta.get("rope_scaling") or {}
     unsupported = {
         "model_type": (meta.get("model_type"), "llama"),
         "hidden_act": (meta.get("hidden_act"), "silu"),
-        "rope_scaling": (meta.get("rope_scaling"), None),
+        "rope_scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
         "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
         "attention_bias": (meta.get("attention_bias", False), False),
         "mlp_bias": (meta.get("mlp_bias", False), False),
+        "quantization_config": (meta.get("quantization_config"), None),
     }
     wrong = [
         f"{k} is {have!r}, expected {want!r}"
         for k, (have, want) in unsupported.items()
-        if have != want and not (k == "rope_scaling" and rope)
+        if have != want
     ]
     if wrong:
         raise UserError(f"{path} describes a model that is not built here: {'; '.join(wrong)}.")
@@ -170,8 +176,19 @@ def hf_config(folder: Path) -> LlamaConfig:
         rope_base=float(rope.get("rope_theta") or meta.get("rope_theta", 10000.0)),
         norm_eps=need("rms_norm_eps"),
         tie_embeddings=meta.get("tie_word_embeddings", False),
-        max_positions=need("max_position_embeddings"),
+        # The first conversions of LLaMA 1 wrote another name; the format's default is 2048.
+        max_positions=meta.get("max_position_embeddings", meta.get("max_sequence_length", 2048)),
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}). Fetch it again.") from error
+    if not isinstance(meta, dict):
+        raise UserError(f"{path} holds no table of sizes; expected a config.json of Hugging Face.")
+    return meta
 
 
 def _need(meta: Mapping[str, Any], key: str, where: str) -> Any:

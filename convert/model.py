@@ -55,6 +55,7 @@ def write_model(
     preset: Preset,
     tokenizer: Callable[[Path], object],
     facts: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
     progress: Progress,
 ) -> Written:
     """Converts everything in `plans` into the model folder `out`.
@@ -65,6 +66,7 @@ def write_model(
         preset: goes into the manifest: sizes and conventions.
         tokenizer: writes the tokenizer's files into the folder it is given.
         facts: by part, what the manifest says about its source beside its files.
+        settings: what the conversion was told, for the manifest.
         progress: told how many tensors are done.
 
     Raises:
@@ -102,7 +104,7 @@ def write_model(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         tokenizer(partial)
-        text = json.dumps(manifest_of(preset, sources), indent=2, ensure_ascii=False)
+        text = json.dumps(manifest_of(preset, sources, settings), indent=2, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         known = journal.finish()
         write_checksums(partial, known=known)

@@ -3,7 +3,8 @@
 For: reading `llama_proj.weight` / `llama_proj.bias` from any source, and writing them with what one has to know about
 them (model, frozen parts, licence, training). Our file is a safetensors file that keeps the released names and the
 PyTorch layout `[out, in]`, so it can be read without this project.
-Not for: the LoRA deltas of MiniGPT-v2 and a fine-tuned `ln_vision` (their tensors stop the conversion by name).
+Not for: MiniGPT-v2, whose checkpoints are refused by their LoRA weights, and a fine-tuned `ln_vision` (its tensors stop
+the conversion by name).
 
 Differs from the original, which saves a pickle of 45 MB with the optimizer, and finds out that a projection belongs to
 another language model by a stack trace from torch.
@@ -25,6 +26,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 
+from convert.detect import LORA, misplaced
 from convert.rules import Array, Excuse, Rule, Tree, convert, identity, transpose
 from convert.sources import TensorSource, open_source
 from minigpt4_jax.config import LlamaConfig, ModelConfig, QFormerConfig, UserError, VitConfig
@@ -92,7 +94,7 @@ def read_projection(
         UserError: another model's projection, a damaged file, or tensors that are no projection.
     """
     source = open_source(path)
-    _require_fit(source, config)
+    require_fit(source, config)
     info = _info_of(source)
     if info is not None:
         differences = _differences(info.config, config)
@@ -183,13 +185,17 @@ def to_released(projection: Tree) -> dict[str, Array]:
     }
 
 
-def _require_fit(source: TensorSource, config: ModelConfig) -> None:
+def require_fit(source: TensorSource, config: ModelConfig) -> None:
+    """A source is a projection, and the model's. Nothing is read but names and shapes.
+
+    Raises:
+        UserError: it is something else (MiniGPT-v2 with its LoRA, for one), or the projection of another model.
+    """
     where = source.describe()
+    if any(LORA.search(name) for name in source.names()):
+        raise UserError(f"{where} is no projection alone: {misplaced(source, '--projection')}")
     if WEIGHT not in source.names() or len(source.shape(WEIGHT)) != 2:
-        raise UserError(
-            f"{where} holds no matrix {WEIGHT!r} (its first tensors: {', '.join(source.names()[:4]) or 'none'}). "
-            "Expected a projection: our .safetensors, or a released .pth."
-        )
+        raise UserError(f"{where} holds no matrix {WEIGHT!r}: {misplaced(source, '--projection')}")
     have = (source.shape(WEIGHT)[1], source.shape(WEIGHT)[0])
     want = (config.projection_in, config.llama.width)
     if have != want:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convert import eva_vit, fetch, llama
+from convert import eva_vit, fetch
 from convert.fetch import WheelMember
+from convert.llama_files import open_llama
 from convert.rules import Tree, convert
-from convert.sources import GgufSource, OnnxSource
+from convert.sources import OnnxSource
 from convert.tokenizer import save_tokenizer
 from minigpt4_jax.checkpoint import save_params
 from minigpt4_jax.config import UserError
@@ -107,23 +108,22 @@ def _convert_into(folder: Path, language: Path, vision: Path, progress: Progress
         target={name: abstract[name] for name in ("vit", "ln_vision")},
         on_tensor=lambda done, total, _: progress("Converting the image tower", done, total),
     )
-    gguf = GgufSource(language)
-    found = llama.gguf_config(gguf)
-    if found != config.llama:
+    gguf = open_llama(language)
+    if gguf.config != config.llama:
         raise UserError(
-            f"{language} describes {found}; the smol preset expects {config.llama}. The file and this version of "
+            f"{language} describes {gguf.config}; the smol preset expects {config.llama}. The file and this version of "
             "minigpt4_jax do not belong together."
         )
     model = convert(
-        gguf,
-        llama.gguf_rules(found),
-        excuses=llama.GGUF_EXCUSES,
+        gguf.source,
+        gguf.rules,
+        excuses=gguf.excuses,
         target=abstract["llama"],
         on_tensor=lambda done, total, _: progress("Converting the language model", done, total),
     )
     params: Tree = {**tower.params, "llama": model.params}
     save_params(folder / "params", params)
-    save_tokenizer(folder, gguf.metadata)
+    save_tokenizer(folder, gguf.source.metadata)
     manifest: dict[str, Any] = {
         "convert_version": VERSION,
         "model": dataclasses.asdict(config),

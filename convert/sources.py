@@ -82,7 +82,15 @@ class ArraySource:
 
 
 class GgufSource:
-    """A GGUF file (llama.cpp). Every block type that the `gguf` package knows is dequantised to float32."""
+    """A GGUF file (llama.cpp), memory-mapped.
+
+    Plain tensors (F32, F16, BF16, F64, integers) keep their dtype. Every block type that the `gguf` package knows
+    becomes float32: a scale of 11 bits times a number of 4 or more does not fit float16, so only float32 gives back
+    exactly what the file says.
+    """
+
+    ROWS = 4096
+    """Dequantised at a time: the package needs several times their memory on the way."""
 
     def __init__(self, path: Path) -> None:
         import gguf
@@ -95,6 +103,10 @@ class GgufSource:
             raise UserError(
                 f"{path} is not a whole GGUF file ({error}). Fetch it again."
             ) from error
+        if self._reader.byte_order == "S":
+            raise UserError(
+                f"{path} is a big-endian GGUF file; expected the usual little-endian one."
+            )
         self._tensors = {t.name: t for t in self._reader.tensors}
 
     @cached_property
@@ -112,12 +124,22 @@ class GgufSource:
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return np.dtype(np.float32)
+        tensor = self._tensors[name]
+        if tensor.tensor_type == self._gguf.GGMLQuantizationType.BF16:  # bytes, to the package
+            return np.dtype(ml_dtypes.bfloat16)
+        plain: np.dtype[Any] = tensor.data.dtype
+        return np.dtype(np.float32) if plain == np.uint8 else plain
 
     def get(self, name: str) -> Array:
-        tensor = self._tensors[name]
-        values: Array = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-        return values.astype(np.float32, copy=False).reshape(self.shape(name))
+        tensor, shape, dtype = self._tensors[name], self.shape(name), self.dtype(name)
+        if tensor.data.dtype != np.uint8 or dtype == ml_dtypes.bfloat16:
+            return np.asarray(tensor.data).view(dtype).reshape(shape)
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        values = np.empty((len(rows), shape[-1]), np.float32)
+        for start in range(0, len(rows), self.ROWS):
+            part = slice(start, start + self.ROWS)
+            values[part] = self._gguf.dequantize(rows[part], tensor.tensor_type)
+        return values.reshape(shape)
 
     def files(self) -> tuple[Path, ...]:
         return (self._path,)

@@ -21,6 +21,7 @@ import json
 import posixpath
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class ModelFolder:
         manifest = self._read_manifest()
         self.sources: dict[str, Any] = manifest["sources"]
         """Where each part came from: file names, sizes, SHA-256."""
+        self.settings: dict[str, Any] = manifest["settings"]
+        """What the conversion was told; empty where a program decided it (`smol`)."""
         try:
             self.preset = from_plain(Preset, manifest["preset"])
             """Sizes, template, image processor and settings of an answer, as they were when it was converted."""
@@ -173,7 +176,7 @@ class ModelFolder:
         Raises:
             CheckpointError: the folder holds another model; every difference is listed.
         """
-        stacks = self._stacks()
+        stacks = self._stacks
         stored = {
             name: jax.ShapeDtypeStruct(self._shape_of(name, members), self.dtype(members[0]))
             for name, members in stacks.items()
@@ -193,12 +196,10 @@ class ModelFolder:
             placed = dict.fromkeys(wanted, shardings)
         else:
             placed = leaf_names(shardings)
-        arrays = [
-            self._place(name, stacks[name], leaf.shape, placed[name], dtype)
-            for name, leaf in wanted.items()
-        ]
+        arrays = [self.place(name, placed[name], dtype=dtype) for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
+    @cached_property
     def _stacks(self) -> dict[str, list[str]]:
         """Path in either layout -> the stored parameters it is made of, in the order of the layers."""
         stacks: dict[str, list[str]] = {name: [name] for name in self._files}
@@ -221,9 +222,10 @@ class ModelFolder:
             )
         return (len(members), *shapes.pop())
 
-    def _place(
-        self, name: str, members: list[str], shape: tuple[int, ...], sharding: Any, dtype: Any
-    ) -> jax.Array:
+    def place(self, name: str, sharding: jax.sharding.Sharding, *, dtype: Any = None) -> jax.Array:
+        """One parameter onto devices: by its path in the layout `DISK`, or in `TRAIN`, then stacked. As `load` does."""
+        members = self._stacks[name]
+        shape = self._shape_of(name, members)
         stored = self.dtype(members[0])
         target = (
             dtype if dtype is not None and jax.numpy.issubdtype(stored, np.floating) else stored
@@ -239,14 +241,17 @@ class ModelFolder:
                 stack[at] = piece
             return stack
 
-        return jax.make_array_from_callback(tuple(shape), sharding, part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
 
-def manifest_of(preset: Preset, sources: dict[str, Any]) -> dict[str, Any]:
+def manifest_of(
+    preset: Preset, sources: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """What `manifest.json` holds."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "preset": dataclasses.asdict(preset),
-        "sources": sources,
+        "sources": dict(sources),
+        "settings": dict(settings),
     }

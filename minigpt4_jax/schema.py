@@ -121,7 +121,7 @@ def from_plain(schema: type[Schema], values: Any) -> Schema:
 
 
 def _from_plain(hint: Any, value: Any) -> Any:
-    options = [option for option in (get_args(hint) or (hint,)) if dataclasses.is_dataclass(option)]
-    if value is not None and options and get_origin(hint) is not dict:
-        return from_plain(options[0], value)
+    section = section_of(hint)
+    if section is not None and value is not None:
+        return from_plain(section, value)
     return tuple(value) if get_origin(hint) is tuple else value

@@ -33,7 +33,7 @@ def write_folder(folder: Path, params: Any) -> Path:
         files.setdefault(file_of(name), {})[name] = np.asarray(leaf)
     for name, arrays in files.items():
         save_file(arrays, folder / WEIGHTS / f"{name}.safetensors")
-    (folder / MANIFEST).write_text(json.dumps(manifest_of(TINY, {"vit": {"files": []}})))
+    (folder / MANIFEST).write_text(json.dumps(manifest_of(TINY, {"vit": {"files": []}}, {})))
     write_checksums(folder)
     return folder
 

@@ -89,7 +89,7 @@ def make(tmp_path: Path, trees: dict[str, Any]) -> Callable[..., Any]:
         }
         done = write_model(
             tmp_path / out, plans, preset=TINY, tokenizer=lambda folder: (folder / "tokenizer.json").write_text("{}"),
-            facts={"vit": {"licence": "MIT"}}, progress=lambda *_: None,
+            facts={"vit": {"licence": "MIT"}}, settings={}, progress=lambda *_: None,
         )  # fmt: skip
         return done, sources
 
@@ -280,6 +280,12 @@ def test_an_operation_that_widens_its_result_is_stored_wide(tmp_path: Path) -> N
     source = FileSource({"p": np.ones(3, np.float16)}, tmp_path / "p.bin")
     plan = Plan(source, (Rule("vit/pos_embed", ("p",), wide),), excuses=(), target=tree)
     write_model(
-        tmp_path / "out", {"vit": plan}, preset=TINY, tokenizer=lambda _: None, facts={}, progress=lambda *_: None
-    )  # fmt: skip
+        tmp_path / "out",
+        {"vit": plan},
+        preset=TINY,
+        tokenizer=lambda _: None,
+        facts={},
+        settings={},
+        progress=lambda *_: None,
+    )
     assert ModelFolder(tmp_path / "out").dtype("vit/pos_embed") == np.float32

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 from convert import projection
 from convert.projection import ProjectionInfo, read_projection, write_projection
 from convert.rules import ConversionError
+from convert.sources import ArraySource
 from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.presets import PRESETS
+from tests.torch_files import write_pth
 
 QFORMER = PRESETS["tiny-qformer"].model.qformer
 assert QFORMER is not None
@@ -118,8 +120,59 @@ def test_projection_of_another_model_is_named(tmp_path: Path, info: ProjectionIn
     path = tmp_path / "vicuna.safetensors"
     weight = np.zeros((4096, 768), np.float16)
     save_file({"llama_proj.weight": weight, "llama_proj.bias": weight[:, 0].copy()}, path)
-    with pytest.raises(UserError, match=r"768 -> 4096 and fits Vicuna-7B.* needs 128 -> 32"):
+    needed = f"{info.config.projection_in} -> {info.config.llama.width}"
+    with pytest.raises(UserError, match=rf"768 -> 4096 and fits Vicuna-7B.* needs {needed}"):
         read_projection(path, info.config)
+
+
+def model_of(pair: tuple[int, int], config: ModelConfig) -> ModelConfig:
+    """A config whose projection has these sizes."""
+    into, out = pair
+    vit = dataclasses.replace(config.vit, width=into // config.patches_per_token)
+    return dataclasses.replace(config, vit=vit, llama=dataclasses.replace(config.llama, width=out))
+
+
+@pytest.mark.parametrize("have", projection.FITS)
+@pytest.mark.parametrize("want", projection.FITS)
+def test_every_pair_of_projection_and_model_is_told_apart(
+    have: tuple[int, int], want: tuple[int, int], tiny_config: ModelConfig
+) -> None:
+    """A 7B projection on a 13B model, Llama-2's on a Vicuna...: every pair but the equal ones is refused by name."""
+    held = {
+        "llama_proj.weight": np.broadcast_to(np.float32(1), have[::-1]),
+        "llama_proj.bias": np.ones(have[1], np.float32),
+    }
+    config = model_of(want, tiny_config)
+    if have == want:
+        projection.require_fit(ArraySource(held), config)
+        return
+    with pytest.raises(UserError) as error:
+        projection.require_fit(ArraySource(held), config)
+    assert f"projects {have[0]} -> {have[1]} and fits {projection.FITS[have]}" in str(error.value)
+    assert f"needs {want[0]} -> {want[1]}: {projection.FITS[want]}" in str(error.value)
+
+
+def test_trainer_checkpoint_is_read_with_a_reason_for_everything_else(
+    tmp_path: Path, tree: Any, info: ProjectionInfo
+) -> None:
+    held = projection.to_released(tree) | {
+        "Qformer.bert.embeddings.position_ids": np.arange(8)[None],
+        "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    path = write_pth(tmp_path / "checkpoint_0.pth", held, under="model")
+    read, _ = read_projection(path, info.config)
+    np.testing.assert_array_equal(read["kernel"], tree["kernel"])
+    held |= {"ln_vision.weight": np.ones(4, np.float32)}
+    write_pth(tmp_path / "tuned.pth", held, under="model")
+    with pytest.raises(ConversionError, match=r"ln_vision\.weight"):
+        read_projection(tmp_path / "tuned.pth", info.config)
+
+
+def test_other_files_given_as_a_projection_are_named(tmp_path: Path, info: ProjectionInfo) -> None:
+    tower = {"patch_embed.proj.weight": np.ones(2), "blocks.0.attn.qkv.weight": np.ones(2)}
+    save_file(tower, tmp_path / "p.safetensors")
+    with pytest.raises(UserError, match=r"it is the EVA image tower .* Give it with --vit"):
+        read_projection(tmp_path / "p.safetensors", info.config)
 
 
 def test_projection_of_a_like_sized_model_is_refused(
@@ -131,12 +184,14 @@ def test_projection_of_a_like_sized_model_is_refused(
         read_projection(tmp_path / "p.safetensors", other)
 
 
+@pytest.mark.parametrize("spelling", ["lora_A.weight", "lora_A.default.weight"])
 def test_lora_weights_are_not_dropped_in_silence(
-    tmp_path: Path, tree: Any, info: ProjectionInfo
+    tmp_path: Path, tree: Any, info: ProjectionInfo, spelling: str
 ) -> None:
+    """As peft 0.2 writes them (the released files), and as it does since."""
     path = tmp_path / "v2.safetensors"
-    save_file(projection.to_released(tree) | {"x.q_proj.lora_A.weight": np.ones(4)}, path)
-    with pytest.raises(ConversionError, match=r"x\.q_proj\.lora_A\.weight"):
+    save_file(projection.to_released(tree) | {f"x.q_proj.{spelling}": np.ones(4)}, path)
+    with pytest.raises(UserError, match=r"MiniGPT-v2 .*1 LoRA tensors, such as x\.q_proj"):
         read_projection(path, info.config)
 
 
@@ -180,5 +235,7 @@ def test_value_that_the_dtype_cannot_hold_is_refused_and_nothing_is_written(
 
 def test_shape_is_checked_before_writing(tmp_path: Path, tree: Any, info: ProjectionInfo) -> None:
     tree["kernel"] = tree["kernel"][1:]
-    with pytest.raises(UserError, match=r"is \[127, 32\] with a bias \[32\]; the model has"):
+    rows = info.config.projection_in
+    wrong = rf"is \[{rows - 1}, 32\] with a bias \[32\]; the model has \[{rows}, 32\]"
+    with pytest.raises(UserError, match=wrong):
         write_projection(tmp_path / "p.safetensors", tree, info=info)

@@ -118,7 +118,7 @@ def test_projection_of_another_model_is_named(tmp_path: Path, info: ProjectionIn
     path = tmp_path / "vicuna.safetensors"
     weight = np.zeros((4096, 768), np.float16)
     save_file({"llama_proj.weight": weight, "llama_proj.bias": weight[:, 0].copy()}, path)
-    with pytest.raises(UserError, match=r"768 -> 4096 and fits Vicuna-7B.* needs 128 -> 32"):
+    with pytest.raises(UserError, match=r"768 -> 4096 and fits Vicuna-7B.* needs (128|24) -> 32"):
         read_projection(path, info.config)
 
 
@@ -180,5 +180,5 @@ def test_value_that_the_dtype_cannot_hold_is_refused_and_nothing_is_written(
 
 def test_shape_is_checked_before_writing(tmp_path: Path, tree: Any, info: ProjectionInfo) -> None:
     tree["kernel"] = tree["kernel"][1:]
-    with pytest.raises(UserError, match=r"is \[127, 32\] with a bias \[32\]; the model has"):
+    with pytest.raises(UserError, match=r"is \[(127|23), 32\] with a bias \[32\]; the model has"):
         write_projection(tmp_path / "p.safetensors", tree, info=info)

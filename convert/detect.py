@@ -79,7 +79,7 @@ BUFFERS = re.compile(
 _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     # The first row of which every name is there. A projection may lie among other tensors of a trainer's file.
     (Kind.EVA_VIT, ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")),
-    (Kind.QFORMER, ("query_tokens", "Qformer.bert.embeddings.LayerNorm.weight")),
+    (Kind.QFORMER, ("query_tokens", "ln_vision.weight")),
     (Kind.BLIP2, ("query_tokens", "vision_model.embeddings.patch_embedding.weight")),
     (Kind.LLAMA, ("model.embed_tokens.weight",)),
     (Kind.LLAMA, ("tok_embeddings.weight",)),

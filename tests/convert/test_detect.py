@@ -18,7 +18,7 @@ from tests import llama_forms as forms
 LAYER = "Qformer.bert.encoder.layer.0.attention.self.query.weight"
 MARKS: dict[Kind, tuple[str, ...]] = {
     Kind.EVA_VIT: ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
-    Kind.QFORMER: ("query_tokens", "Qformer.bert.embeddings.LayerNorm.weight", LAYER),
+    Kind.QFORMER: ("query_tokens", "ln_vision.weight", LAYER),
     Kind.BLIP2: (
         "query_tokens",
         "vision_model.embeddings.patch_embedding.weight",

@@ -46,8 +46,8 @@ def test_image_tower_with_its_unused_block(tmp_path: Path) -> None:
 
 
 def test_qformer_file_and_a_blip2_folder(tmp_path: Path) -> None:
-    norm, dense = "Qformer.bert.embeddings.LayerNorm.weight", "attention.output.dense.weight"
-    shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, 8, 6), norm: (6,)}
+    dense = "attention.output.dense.weight"
+    shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, 8, 6), "ln_vision.weight": (7,)}
     shapes |= {f"Qformer.bert.encoder.layer.{i}.{dense}": (6, 6) for i in range(3)}
     file = write_pth(tmp_path / "blip2.pth", zeros(shapes), under="model")
     facts = describe_file(file)

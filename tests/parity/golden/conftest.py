@@ -267,6 +267,15 @@ def llama_folders() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("llama_*/forward.npz"))
 
 
+def untied_llama_folders() -> list[str]:
+    """Those with a head of their own, as every file of Meta's has."""
+    return [
+        name
+        for name in llama_folders()
+        if not GOLDEN.report(f"{name}/config.json").get("tie_word_embeddings", False)
+    ]
+
+
 def llama_bin_folders() -> list[str]:
     """Those that hold the same weights as safetensors and as `.bin`."""
     kinds = ("model*.safetensors", "pytorch_model*.bin")
@@ -488,6 +497,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "vit_case": vit_cases,
     "vit_case_with_blip2": vit_cases_with_blip2,
     "llama_folder": llama_folders,
+    "untied_llama_folder": untied_llama_folders,
     "llama_bin_folder": llama_bin_folders,
     "weight_file": weight_files,
     "v2_checkpoint": v2_checkpoints,

@@ -59,10 +59,10 @@ def test_golden_bin_and_safetensors_give_one_tree(
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_golden_meta_shards_give_the_tree_of_hugging_face(
-    golden: Any, llama_folder: str, shards: int, tmp_path: Path
+    golden: Any, untied_llama_folder: str, shards: int, tmp_path: Path
 ) -> None:
     """The set's model, written as Meta writes it. A size that two shards cannot share equally stays in one."""
-    expected = open_llama(golden.folder / llama_folder)
+    expected = open_llama(golden.folder / untied_llama_folder)
     config = expected.config
     rows = config.num_kv_heads * config.head_dim
     sizes = (config.width, config.mlp_width, config.vocab_size, rows)

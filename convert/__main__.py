@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "projection",
         help="the trained projection, both ways",
         description="Reads a projection in either form and writes the form that the name of FILE says: .safetensors "
-        "(this project's) or .pth (the released one; reading and writing it needs torch).",
+        "(this project's) or .pth (the released one).",
     )
     projection.add_argument("source", type=Path, metavar="SRC", help=".safetensors or .pth")
     projection.add_argument("--out", type=Path, required=True, metavar="FILE")

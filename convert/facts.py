@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert.detect import (
+    BUFFERS,
     DELTA_BELOW,
     LORA,
     NO_OPTION,
@@ -47,6 +48,7 @@ class FileFacts:
     """By name: `width`, `layers`, `tokens`..."""
     num_tensors: int = 0
     num_parameters: int = 0
+    """Buffers not counted."""
     dtypes: Mapping[str, int] = field(default_factory=dict)
     """dtype -> number of tensors, as they are read (quantised ones as float32)."""
     fits: tuple[str, ...] = ()
@@ -145,7 +147,7 @@ def _of_source(path: Path, source: TensorSource, *, notes: tuple[str, ...] = ())
         kind=kind,
         sizes=sizes,
         num_tensors=len(names),
-        num_parameters=sum(math.prod(source.shape(name)) for name in names),
+        num_parameters=sum(math.prod(source.shape(n)) for n in names if not BUFFERS.search(n)),
         dtypes=dtypes_of(source),
         fits=tuple(sorted(name for name, preset in PRESETS.items() if _fits(kind, sizes, preset))),
         notes=notes + _pairing(kind, sizes),

@@ -12,11 +12,9 @@ another language model by a stack trace from torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from convert.detect import LORA, misplaced
+from convert.pth import write_pth
+from convert.replacing import replacing
 from convert.rules import Array, Excuse, Rule, Tree, convert, identity, transpose
 from convert.sources import TensorSource, open_source
 from minigpt4_jax.config import LlamaConfig, ModelConfig, QFormerConfig, UserError, VitConfig
@@ -82,7 +82,7 @@ def read_projection(
     """Reads a projection in any form and checks that it fits the model.
 
     Args:
-        path: our `.safetensors`, or a released `.pth` (which needs torch).
+        path: our `.safetensors`, or a released `.pth`.
         config: the model it is for.
         dtype: of the arrays returned; None keeps the file's.
 
@@ -157,24 +157,18 @@ def write_projection(
         "training": json.dumps(dict(info.training)),
         "sha256": _hash(arrays[WEIGHT], arrays[BIAS]),
     }
-    with _replacing(path) as partial:
+    with replacing(path, failures=(SafetensorError,)) as partial:
         save_file(arrays, partial, metadata=metadata)
 
 
 def write_released(path: Path, projection: Tree) -> None:
-    """Writes `{"model": {llama_proj.*}}` as the original's `ckpt:` reads it. Needs torch."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} is to be a PyTorch pickle and writing one needs torch, which is not installed. Install torch, or "
-            "choose a name that ends in .safetensors."
-        ) from error
-    model = {
-        name: torch.from_numpy(x.astype(np.float32)) for name, x in to_released(projection).items()
-    }
-    with _replacing(path) as partial:
-        torch.save({"model": model}, partial)
+    """Writes `{"model": {llama_proj.*}}` in float32, a PyTorch file as the original's `ckpt:` reads it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    model = {name: x.astype(np.float32) for name, x in to_released(projection).items()}
+    write_pth(path, {"model": model})
 
 
 def to_released(projection: Tree) -> dict[str, Array]:
@@ -262,25 +256,3 @@ def _hash(*arrays: Array) -> str:
     for x in arrays:
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place at the end."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # how Python, torch and safetensors say "disk full"
-        raise UserError(
-            f"{path} cannot be written ({error}). Expected a folder that you may write to, with room; choose another "
-            "place, or free some space."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only disk there is nothing to remove
-            partial.unlink()

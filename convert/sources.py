@@ -1,16 +1,14 @@
 """Files of tensors behind one small protocol: names, shapes and one array at a time.
 
-For: GGUF, ONNX, safetensors (one file or a sharded folder), PyTorch pickles, and plain dicts for tests.
+For: GGUF, ONNX, safetensors (one file or a sharded folder), PyTorch files (`convert/pth.py`), plain dicts for tests.
 Not for: what the tensors mean (the tables do that) and not for writing.
 
-Differs from the PyTorch original, which reads whole pickles into memory: GGUF and safetensors are mapped, and a tensor
-is read when it is asked for.
+Differs from the PyTorch original, which reads whole pickles into memory: GGUF, safetensors and PyTorch files are
+mapped, and a tensor is read when it is asked for.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,6 +19,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from convert.pth import PthSource
+from convert.shards import add_tensors, check_index, shard_files
 from minigpt4_jax.config import UserError
 from minigpt4_jax.weight_files import DTYPES as SAFETENSORS_DTYPES
 
@@ -225,7 +225,7 @@ class SafetensorsSource:
         self._path = path
         self._files: dict[str, Any] = {}
         metadata: dict[str, Any] = {}
-        shards, indexed = _shards(path, self.INDEX)
+        shards, indexed = shard_files(path, self.INDEX)
         self._shards = tuple(shards)
         for shard in shards:
             try:
@@ -235,9 +235,9 @@ class SafetensorsSource:
                     f"{shard} is not a whole safetensors file ({error}). Fetch it again."
                 ) from error
             metadata |= file.metadata() or {}
-            _add(self._files, dict.fromkeys(file.keys(), file), shard)
+            add_tensors(self._files, dict.fromkeys(file.keys(), file), shard)
         self.metadata: Mapping[str, Any] = metadata
-        _check_index(path, indexed, set(self._files))
+        check_index(path, indexed, set(self._files))
 
     def describe(self) -> str:
         return str(self._path)
@@ -264,74 +264,7 @@ class SafetensorsSource:
         return self._shards
 
 
-class TorchSource:
-    """A PyTorch pickle (`.pth`, `.bin`), or a folder of shards with its `pytorch_model.bin.index.json`.
-
-    Needs torch, which is not a requirement of this project: today only the parity tests read such files. A `model`
-    entry at the top (files of the original trainer, of BLIP-2) is opened; its neighbours (optimizer, epoch) are not
-    weights and are left alone.
-    """
-
-    INDEX = "pytorch_model.bin.index.json"
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise UserError(
-                f"{path} is a PyTorch pickle and reading one needs torch, which is not installed. "
-                "Install torch, or use a safetensors copy of the file."
-            ) from error
-
-        self._path = path
-        self.metadata: Mapping[str, Any] = {}
-        self._tensors: dict[str, Any] = {}
-        shards, indexed = _shards(path, self.INDEX)
-        self._shards = tuple(shards)
-        for shard in shards:
-            try:
-                loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                raise UserError(
-                    f"{shard} is not a whole PyTorch file of tensors alone ({error}). Fetch it again."
-                ) from error
-            loaded = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
-            odd = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
-            if odd:
-                raise UserError(
-                    f"{shard} holds entries that are no tensors: {', '.join(map(str, odd))}. Expected a state dict, or "
-                    "one under the key 'model'."
-                )
-            _add(self._tensors, loaded, shard)
-        _check_index(path, indexed, set(self._tensors))
-
-    def describe(self) -> str:
-        return str(self._path)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        return self.get(name).dtype
-
-    def files(self) -> tuple[Path, ...]:
-        return self._shards
-
-    def get(self, name: str) -> Array:
-        import torch
-
-        tensor = self._tensors[name].detach()
-        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
-            bits: Array = tensor.contiguous().view(torch.int16).numpy()
-            return bits.view(ml_dtypes.bfloat16)
-        array: Array = tensor.numpy()
-        return array
-
-
-def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | TorchSource:
+def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | PthSource:
     """Opens a file by its ending, or a Hugging Face folder by what lies in it.
 
     Raises:
@@ -344,21 +277,21 @@ def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | Tor
             return SafetensorsSource(path)
         if (path / "model.safetensors").exists():
             return SafetensorsSource(path / "model.safetensors")
-        if (path / TorchSource.INDEX).exists():
-            return TorchSource(path)
+        if (path / PthSource.INDEX).exists():
+            return PthSource(path)
         if (path / "pytorch_model.bin").exists():
-            return TorchSource(path / "pytorch_model.bin")
+            return PthSource(path / "pytorch_model.bin")
         raise UserError(
             f"The folder {path} holds no weights: expected model.safetensors, pytorch_model.bin, or shards with "
-            f"{SafetensorsSource.INDEX} or {TorchSource.INDEX}."
+            f"{SafetensorsSource.INDEX} or {PthSource.INDEX}."
         )
-    readers: dict[str, type[GgufSource | OnnxSource | SafetensorsSource | TorchSource]] = {
+    readers: dict[str, type[GgufSource | OnnxSource | SafetensorsSource | PthSource]] = {
         ".gguf": GgufSource,
         ".onnx": OnnxSource,
         ".safetensors": SafetensorsSource,
-        ".pth": TorchSource,
-        ".pt": TorchSource,
-        ".bin": TorchSource,
+        ".pth": PthSource,
+        ".pt": PthSource,
+        ".bin": PthSource,
     }
     if path.suffix not in readers:
         raise UserError(
@@ -375,35 +308,3 @@ def open_source(path: Path) -> GgufSource | OnnxSource | SafetensorsSource | Tor
         raise UserError(
             f"{path} is damaged or no {path.suffix} file ({reason}). Fetch it again."
         ) from error
-
-
-def _shards(path: Path, index: str) -> tuple[list[Path], set[str] | None]:
-    """The files to read, and the tensor names that the index promises (None without an index)."""
-    if not path.is_dir():
-        return [path], None
-    weight_map: dict[str, str] = json.loads((path / index).read_text())["weight_map"]
-    shards = [path / name for name in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        raise UserError(
-            f"{path / index} names {len(shards)} shards, these are not there: {', '.join(missing)}. Fetch them too."
-        )
-    return shards, set(weight_map)
-
-
-def _add(tensors: dict[str, Any], more: dict[str, Any], shard: Path) -> None:
-    twice = sorted(set(tensors) & set(more))
-    if twice:
-        raise UserError(
-            f"{shard} holds tensors that an earlier shard has too: {', '.join(twice)}. Fetch the folder again."
-        )
-    tensors |= more
-
-
-def _check_index(path: Path, indexed: set[str] | None, found: set[str]) -> None:
-    if indexed is None or indexed == found:
-        return
-    raise UserError(
-        f"The shards in {path} and their index disagree. Only in the index: {sorted(indexed - found)}; only in the "
-        f"shards: {sorted(found - indexed)}. The folder mixes files of two models; fetch it again."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from minigpt4_jax.checkpoint import load_params
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import load_tokenizer
 from minigpt4_jax.models.minigpt4 import abstract_params
+from minigpt4_jax.presets import PRESETS
+from tests import llama_forms as forms
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,6 +45,40 @@ def test_llama_writes_parameters_config_and_tokenizer(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["config"]["llama"]["num_kv_heads"] == tiny_config.llama.num_kv_heads
     assert "transpose to [in, out]" in capsys.readouterr().out
+
+
+def test_delta_is_added_to_files_of_meta(tmp_path: Path) -> None:
+    base = {n: x for n, x in forms.draw(dtype=np.float32).items() if not n.endswith("inv_freq")}
+    theirs = forms.to_meta(base, heads=forms.LLAMA.num_heads, kv_heads=forms.LLAMA.num_kv_heads)
+    source = forms.write_meta(tmp_path / "meta", theirs)
+    delta = forms.write_hugging_face(tmp_path / "delta", {n: x / 64 for n, x in base.items()})
+    out = tmp_path / "out"
+    assert cli.main(["llama", str(source), "--out", str(out)]) == 2
+    assert cli.main(["llama", str(source), "--delta", str(delta), "--out", str(out)]) == 0
+    model = dataclasses.replace(PRESETS["tiny"].model, llama=forms.LLAMA)
+    params = load_params(out / "params", {"llama": abstract_params(model)["llama"]})
+    found = params["llama"]["layers"]["1"]["self_attn"]["k_proj"]["kernel"]
+    np.testing.assert_array_equal(
+        found, (base["model.layers.1.self_attn.k_proj.weight"] * (65 / 64)).T
+    )
+
+
+def test_inspect_says_what_every_file_is(
+    tmp_path: Path,
+    gguf_arrays: Arrays,
+    write_gguf: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_out", Console(width=200))
+    source = write_gguf(tmp_path / "m.gguf", gguf_arrays)
+    save_file({"llama_proj.weight": np.ones((4096, 768))}, tmp_path / "p.safetensors")
+    assert cli.main(["inspect", str(source), str(tmp_path / "p.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "a LLaMA-family language model" in text
+    assert "tiny" in text
+    assert "it belongs to Vicuna-7B behind the Q-Former" in text
+    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
 
 
 def test_all_problems_are_printed_and_nothing_is_written(
@@ -159,7 +196,7 @@ def test_mistakes_end_in_one_message_and_exit_code_2(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["smol", "llama", "eva-vit", "projection"])
+@pytest.mark.parametrize("command", ["smol", "llama", "inspect", "eva-vit", "projection"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

@@ -262,13 +262,16 @@ def test_config_of_a_new_hugging_face_folder(tmp_path: Path, llama: LlamaConfig)
     )
     assert new == dataclasses.replace(llama, rope_base=500000.0)
     assert hf_config(tmp_path, rope_theta=1e5).rope_base == 1e5
+    assert hf_config(tmp_path, rope_scaling={"rope_type": "default"}).rope_base == 1e4
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}}, "'yarn'"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config is \{'bits': 4\}"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', expected 'default'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -294,6 +297,7 @@ def test_size_that_is_not_said_is_not_guessed(tmp_path: Path) -> None:
     [
         ({"general.architecture": "qwen2"}, "holds the architecture 'qwen2'"),
         ({"llama.rope.scaling.type": "yarn"}, "scales its rope"),
+        ({"llama.rope.scale_linear": 4.0}, r"scales its rope \(4\.0\)"),
         ({"llama.rope.dimension_count": 4}, "rotates 4 of 8 dimensions"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import ml_dtypes
 import numpy as np
 import onnx
@@ -30,6 +31,60 @@ def test_gguf_gives_names_shapes_values_and_metadata(
         np.testing.assert_array_equal(source.get(name), x)
     assert source.metadata["llama.block_count"] == 2
     assert source.metadata["tokenizer.ggml.tokens"][1] == "<|im_start|>"
+
+
+def test_gguf_keeps_the_dtype_of_plain_tensors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = {"a": np.float32, "b": np.float16, "c": ml_dtypes.bfloat16, "d": np.float64}
+    arrays = {name: rng.normal(size=(6, 32)).astype(kind) for name, kind in kinds.items()}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, x in arrays.items():
+        if x.dtype == ml_dtypes.bfloat16:
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, x.view(np.uint8), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, x)
+    finish(writer)
+    source = GgufSource(tmp_path / "m.gguf")
+    for name, x in arrays.items():
+        value = source.get(name)
+        assert source.dtype(name) == value.dtype == x.dtype
+        np.testing.assert_array_equal(value, x)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q2_K"])
+def test_gguf_dequantises_in_parts_as_at_once(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of small bytes, whose half-precision scales are finite; 11 rows, read 4 at a time."""
+    quantised = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantised]
+    data = np.random.default_rng(0).integers(0, 64, (11, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("a", data, raw_dtype=quantised)
+    finish(writer)
+    source = GgufSource(tmp_path / "m.gguf")
+    monkeypatch.setattr(source, "ROWS", 4)
+    value = source.get("a")
+    assert source.shape("a") == value.shape == (11, 512)
+    assert source.dtype("a") == value.dtype == np.float32
+    assert value.std() > 0
+    np.testing.assert_array_equal(value, gguf.dequantize(data, quantised))
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_of_the_other_byte_order_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("a", np.ones(4, np.float32))
+    finish(writer)
+    with pytest.raises(UserError, match="is a big-endian GGUF file"):
+        open_source(tmp_path / "m.gguf")
 
 
 def test_onnx_names_anonymous_tensors_by_the_node_that_uses_them(

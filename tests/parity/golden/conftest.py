@@ -2,10 +2,11 @@
 
 A golden set is a folder of numbers that the original PyTorch code produced with tiny random weights. The tests here
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
-`test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the composition without a Q-Former,
-`test_golden_chat.py` conversations with it, `test_golden_images.py` picture files and what the image processors make
-of them, `test_golden_optim.py` schedules, weight decay and training runs, `test_golden_text.py` and
-`test_golden_text_tokenizer.py` what happens to text on its way in and out.
+`test_golden_llama_formats.py` its other forms and what every weight file is, `test_golden_generation.py` greedy
+answers, `test_golden_minigpt4.py` the composition without a Q-Former, `test_golden_chat.py` conversations with it,
+`test_golden_images.py` picture files and what the image processors make of them, `test_golden_optim.py` schedules,
+weight decay and training runs, `test_golden_text.py` and `test_golden_text_tokenizer.py` what happens to text on its
+way in and out.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -266,6 +267,42 @@ def llama_folders() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("llama_*/forward.npz"))
 
 
+def untied_llama_folders() -> list[str]:
+    """Those with a head of their own, as every file of Meta's has."""
+    return [
+        name
+        for name in llama_folders()
+        if not GOLDEN.report(f"{name}/config.json").get("tie_word_embeddings", False)
+    ]
+
+
+def llama_bin_folders() -> list[str]:
+    """Those that hold the same weights as safetensors and as `.bin`."""
+    kinds = ("model*.safetensors", "pytorch_model*.bin")
+    return [name for name in llama_folders() if all(any((FOLDER / name).glob(k)) for k in kinds)]
+
+
+def weight_files() -> list[tuple[str, str]]:
+    """(file or folder, option of the converter that takes it; none for MiniGPT-v2's)."""
+    places = {
+        f"{VIT}/*.pth": "--vit",
+        "qformer/*.pth": "--qformer",
+        "llama_*/config.json": "--llm",
+        "minigpt4_*/proj*.pth": "--projection",
+        f"{OPTIM}/trainer_checkpoint*.pth": "--projection",
+        f"{V2}/*.pth": "",
+    }
+    return [
+        (str((path.parent if path.suffix == ".json" else path).relative_to(FOLDER)), option)
+        for pattern, option in places.items()
+        for path in sorted(FOLDER.glob(pattern))
+    ]
+
+
+def v2_checkpoints() -> list[str]:
+    return [name for name, option in weight_files() if not option]
+
+
 def padded_cases() -> list[tuple[str, str]]:
     """(folder, name of the padded logits): `left_logits_cumsum_positions`, `right_logits`..."""
     return [
@@ -460,6 +497,10 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "vit_case": vit_cases,
     "vit_case_with_blip2": vit_cases_with_blip2,
     "llama_folder": llama_folders,
+    "untied_llama_folder": untied_llama_folders,
+    "llama_bin_folder": llama_bin_folders,
+    "weight_file": weight_files,
+    "v2_checkpoint": v2_checkpoints,
     "padded_case": padded_cases,
     "greedy_case": greedy_cases,
     "plain_greedy_case": plain_greedy_cases,

@@ -129,6 +129,26 @@ def save_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> None:
     _write(folder, make_tokenizer(metadata).to_str(pretty=True), _gguf_roles(metadata))
 
 
+def read_ids(folder: Path) -> tuple[int, dict[str, int]]:
+    """Of a folder that was written here: the number of tokens, and `bos_token_id` and `eos_token_id`.
+
+    Raises:
+        UserError: files that are missing, damaged, or name no such tokens.
+    """
+    backend, stated = _backend(folder / FAST), _read_json(folder / CONFIG)
+    ids: dict[str, int] = {}
+    for role in ("bos_token", "eos_token"):
+        token = stated.get(role)
+        found = backend.token_to_id(token) if isinstance(token, str) else None
+        if found is None:
+            raise UserError(
+                f"{folder / CONFIG} says that the {role} is {token!r}; expected one of the {backend.get_vocab_size()} "
+                "tokens. Convert the tokenizer again."
+            )
+        ids[f"{role}_id"] = found
+    return backend.get_vocab_size(), ids
+
+
 def _make_byte_level(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE with one of `PRE_TOKENIZERS`."""
     kind, pre = metadata.get(_KIND), metadata.get("tokenizer.ggml.pre")
@@ -226,11 +246,7 @@ def _convert_gguf(file: Path, out: Path, vocab_size: int | None) -> ConvertedTok
 
 
 def _convert_fast(file: Path, out: Path, vocab_size: int | None) -> ConvertedTokenizer:
-    described = _read_json(file)
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises the bare Exception class
-        raise UserError(f"{file} cannot be read ({error}). Fetch it again.") from error
+    described, backend = _read_json(file), _backend(file)
     if (described.get("decoder") or {}).get("type") == "ByteLevel":
         _require_size(file, backend.get_vocab_size(), vocab_size)
         named = {k: v for k, v in _stated_roles(file).items() if v}
@@ -304,6 +320,13 @@ def _stated_roles(file: Path) -> dict[str, str]:
             if isinstance(text, str):
                 found[role] = text
     return found
+
+
+def _backend(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises the bare Exception class
+        raise UserError(f"{file} cannot be read ({error}). Fetch it again.") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

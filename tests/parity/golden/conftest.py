@@ -6,7 +6,7 @@ compare this project with it: `test_golden_vit.py` the image tower, `test_golden
 answers, `test_golden_minigpt4.py` the composition without a Q-Former, `test_golden_chat.py` conversations with it,
 `test_golden_images.py` picture files and what the image processors make of them, `test_golden_optim.py` schedules,
 weight decay and training runs, `test_golden_text.py` and `test_golden_text_tokenizer.py` what happens to text on its
-way in and out.
+way in and out, `test_golden_true_tokenizer.py` the same with LLaMA's real vocabulary.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -24,6 +24,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from sentencepiece import SentencePieceProcessor
 
 from convert.eva_vit import eva_config, eva_excuses, eva_rules
 from convert.llama import hf_config, hf_excuses, hf_rules
 from convert.projection import read_projection
 from convert.rules import Conversion, convert
 from convert.sources import open_source
+from convert.tokenizer import convert_tokenizer
 from minigpt4_jax.config import ModelConfig, VitConfig
-from minigpt4_jax.data.tokenizer import Tokenizer
+from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
 from minigpt4_jax.presets import PRESETS
 
@@ -125,51 +125,10 @@ class GoldenSet:
         return model, {"llama": conversion.params}
 
     def tokenizer(self, name: str) -> Tokenizer:
-        """The sentencepiece model of a Hugging Face folder behind this project's `Tokenizer`.
-
-        Built here, for tests: the LLaMA tokenizer that users have comes with the conversion of published weights.
-        Two pieces merge when their joint piece is in the vocabulary, the one with the highest score first.
-        """
-        spm = SentencePieceProcessor(model_file=str(self.folder / name / "tokenizer.model"))
-        ids = range(spm.get_piece_size())
-        vocabulary = {spm.id_to_piece(i): i for i in ids}
-        special = [i for i in ids if spm.is_control(i) or spm.is_unknown(i)]
-        merges = [
-            (-spm.get_score(i), vocabulary[piece[:at]], vocabulary[piece[at:]], piece, at)
-            for piece, i in vocabulary.items()
-            if i not in special and not spm.is_byte(i)
-            for at in range(1, len(piece))
-            if piece[:at] in vocabulary and piece[at:] in vocabulary
-        ]
-        backend = tokenizers.Tokenizer(
-            tokenizers.models.BPE(
-                vocab=vocabulary,
-                merges=[(piece[:at], piece[at:]) for *_, piece, at in sorted(merges)],
-                unk_token=spm.id_to_piece(spm.unk_id()),
-                fuse_unk=True,
-                byte_fallback=True,
-            )
-        )
-        normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
-        backend.decoder = decoders.Sequence(
-            [
-                decoders.Replace("\u2581", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
-        backend.add_special_tokens(
-            [
-                tokenizers.AddedToken(spm.id_to_piece(i), special=True, normalized=False)
-                for i in special
-            ]
-        )
-        bos, eos = spm.id_to_piece(spm.bos_id()), spm.id_to_piece(spm.eos_id())
-        return Tokenizer(backend, bos_token=bos, eos_token=eos, pad_token="$$")
+        """The sentencepiece model of a Hugging Face folder as `python -m convert` makes it: this project's own."""
+        with tempfile.TemporaryDirectory() as out:
+            convert_tokenizer(self.folder / name, Path(out))
+            return load_tokenizer(out)
 
     def special_ids(self, name: str) -> dict[str, int]:
         """`bos`, `eos` and `pad` as the Hugging Face folder says."""
@@ -519,6 +478,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "postprocess_file": lambda: text_files("postprocess.json"),
     "stopping_file": lambda: text_files("stopping.json"),
     "tokenizer_file": lambda: text_files("tokenizer_cases.json"),
+    "true_ids_file": lambda: text_files("llama_true_ids.json"),
     "schedule_case": schedule_cases,
     "group_case": group_cases,
     "run_case": run_cases,

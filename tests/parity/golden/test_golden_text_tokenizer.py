@@ -1,8 +1,7 @@
 """Encoding and decoding through `Tokenizer` over the sets' small LLaMA vocabulary, against the original's.
 
-Under test is what this project does around a vocabulary: segments, control tokens, what typed text may become. The
-tokenizer that reads a user's `tokenizer.model` comes with the conversion of published weights, and the comparison with
-the real 32,000 pieces (`llama_true_ids.json`) with it.
+Under test is the conversion of a `tokenizer.model`, and what this project does around a vocabulary: segments, control
+tokens, what typed text may become. `test_golden_true_tokenizer.py` does the same with LLaMA's real 32,000 pieces.
 """
 
 from __future__ import annotations

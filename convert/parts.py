@@ -1,0 +1,141 @@
+"""Which file each part of a model comes from, and the table that reads it: from settings to plans.
+
+For: `open_model`, which opens all sources of a preset, checks that they belong together, and lays their tables over the
+model. Not for: reading values and writing (`model.py`), what a single format means (`eva_vit.py`, `qformer.py`,
+`llama_files.py`, `projection.py`).
+
+Differs from the original, whose parts are URLs in its code and which finds out that two of them do not belong together
+by what the model says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import detect, eva_vit, qformer
+from convert.llama_files import open_llama
+from convert.projection import read_projection
+from convert.rules import Excuse, Plan, Rule, identity
+from convert.settings import ConvertConfig
+from convert.sources import ArraySource, TensorSource, open_source
+from convert.tokenizer import convert_tokenizer
+from minigpt4_jax.config import UserError
+from minigpt4_jax.models.minigpt4 import abstract_params
+from minigpt4_jax.presets import Preset
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """All parts of a model, opened."""
+
+    preset: Preset
+    """As asked for, with what the language model's files decide."""
+    plans: dict[str, Plan]
+    """By part; together they fill every parameter."""
+    tokenizer: Callable[[Path], object]
+    """Writes the tokenizer's files into a folder."""
+    notes: tuple[str, ...]
+    """What a person should know."""
+
+
+def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
+    """Opens the sources of the preset `name`. Reads headers and a few norms, not the weights.
+
+    Raises:
+        UserError: a file that is missing, is something else, or belongs to another model.
+    """
+    preset = settings.resolved(name)
+    settings.require_given(name, preset)
+    language = open_llama(
+        Path(settings.llm),
+        delta=Path(settings.delta) if settings.delta else None,
+        max_positions=preset.model.llama.max_positions,
+    )
+    where = language.source.describe()
+    notes = detect.check_language_model(language.config, preset.model.llama, where=where)
+    model = dataclasses.replace(preset.model, llama=language.config)
+    preset = dataclasses.replace(preset, model=model)
+    abstract = abstract_params(model)
+    excuses = tuple(Excuse(pattern, "left out as asked") for pattern in settings.excuse)
+    dtype = None if settings.dtype == "source" else settings.dtype
+
+    def plan(
+        source: TensorSource, rules: Sequence[Rule], own: Sequence[Excuse], parts: Sequence[str]
+    ) -> Plan:
+        target = {part: abstract[part] for part in parts}
+        asked = [e for e in excuses if any(map(e.matches, source.names()))]
+        return Plan(source, rules, excuses=(*own, *asked), target=target, dtype=dtype)
+
+    plans: dict[str, Plan] = {}
+    vit = open_source(Path(settings.vit))
+    detect.require_option(vit, "--vit")
+    rules, own = eva_vit.vit_table(vit, model.vit)
+    plans["vit"] = plan(vit, _under("vit", rules), own, ["vit"])
+    if model.qformer is not None:
+        source = open_source(Path(settings.qformer))
+        detect.require_option(source, "--qformer")
+        naming = qformer.naming_of(source)
+        rules = qformer.qformer_rules(model.qformer, naming)
+        plans["qformer"] = plan(source, rules, qformer.qformer_excuses(naming), qformer.PARTS)
+    else:
+        plans["ln_vision"] = plan(*_untouched_ln_vision(model.vit.width), ["ln_vision"])
+    plans["llama"] = plan(
+        language.source, _under("llama", language.rules), language.excuses, ["llama"]
+    )
+    plans["llama_proj"] = plan(*_projection(Path(settings.projection), preset), ["llama_proj"])
+    _require_excuses_used(excuses, [p.source for p in plans.values()])
+
+    def tokenizer(folder: Path) -> None:
+        convert_tokenizer(
+            # A delta comes with the tokenizer of what it makes.
+            Path(settings.tokenizer or settings.delta or settings.llm),
+            folder,
+            vocab_size=model.llama.vocab_size,
+        )
+
+    return OpenedModel(
+        preset=preset, plans=plans, tokenizer=tokenizer, notes=(*language.notes, *notes)
+    )
+
+
+def _under(part: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    return tuple(dataclasses.replace(rule, target=f"{part}/{rule.target}") for rule in rules)
+
+
+def _untouched_ln_vision(width: int) -> tuple[TensorSource, tuple[Rule, ...], tuple[Excuse, ...]]:
+    """Without a Q-Former nothing in the original loads `ln_vision`, which keeps its first values."""
+    arrays = {"weight": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
+    rules = (
+        Rule("ln_vision/scale", ("weight",), identity),
+        Rule("ln_vision/bias", ("bias",), identity),
+    )
+    return ArraySource(arrays), rules, ()
+
+
+def _projection(
+    path: Path, preset: Preset
+) -> tuple[TensorSource, tuple[Rule, ...], tuple[Excuse, ...]]:
+    """Small enough to be read at once, with all checks of its own."""
+    tree, _ = read_projection(path, preset.model, dtype=None)
+    rules = tuple(Rule(f"llama_proj/{leaf}", (leaf,), identity) for leaf in ("kernel", "bias"))
+    return ArraySource(tree, files=(path,)), rules, ()
+
+
+def _require_excuses_used(excuses: Sequence[Excuse], sources: Sequence[TensorSource]) -> None:
+    idle = [
+        excuse.pattern
+        for excuse in excuses
+        if not any(excuse.matches(name) for source in sources for name in source.names())
+    ]
+    if idle:
+        raise UserError(
+            f"--excuse {', '.join(idle)}: no source has a tensor of that name. Check the spelling, or leave it out."
+        )

@@ -165,9 +165,8 @@ class Encoder:
             name=f"prompt {prompt!r}",
         )
         if cut:
-            if (
-                not self._cut_prompts
-            ):  # a stream that is read as it comes has no count to show before it ends
+            # Said here too: a stream that is read as it comes has no count to show before it ends.
+            if not self._cut_prompts:
                 logger.warning(
                     "Prompts are cut to data.max_context_len (%d) tokens: %r.", limit, prompt
                 )

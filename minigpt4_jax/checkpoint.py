@@ -302,7 +302,9 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # see above: TensorStore and Orbax have no type of their own for damage
         reason = str(error).strip().partition("\n")[0] or repr(error)
         raise CheckpointError(
             f"The checkpoint {path} cannot be read; remove it and make it again. ({reason})"

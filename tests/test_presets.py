@@ -45,12 +45,13 @@ def test_settings_without_sense_are_refused(settings: dict[str, Any], said: str)
 
 
 def test_the_ends_of_every_range_are_settings() -> None:
-    for settings in (
+    ends: tuple[dict[str, Any], ...] = (
         {"max_new_tokens": 1, "temperature": 0.01, "top_k": 1, "top_p": 1e-6, "seed": 0},
         {"temperature": 100.0, "top_k": 2**31 - 1, "top_p": 1.0, "seed": MAX_SEED},
         {"repetition_penalty": 0.5},
-    ):
-        GenerationConfig(**settings)  # type: ignore[arg-type]
+    )
+    for settings in ends:
+        GenerationConfig(**settings)
 
 
 def test_smol_is_greedy_and_the_published_models_answer_as_in_the_original() -> None:

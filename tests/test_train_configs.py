@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from minigpt4_jax.config import TrainConfig
+from minigpt4_jax import cli
+from minigpt4_jax.config import SourceConfig, TrainConfig
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.prompts import load_prompts
 from minigpt4_jax.presets import get_preset
@@ -44,6 +45,26 @@ def test_published_runs_have_the_originals_words() -> None:
         assert (data.template, data.max_context_len) == ("vicuna_v0", 3800)
         assert data.truncate
         assert data.mask_pad_token
+
+
+def test_published_runs_read_the_originals_sources_as_it_does() -> None:
+    first = load(TrainConfig, FOLDER / "minigpt4_stage1.yaml")
+    web: dict[str, Any] = {"kind": "tar", "caption_processor": "blip_caption"}
+    assert first.data.all_sources() == {
+        "laion": SourceConfig(path="laion_dataset", weight=115.0, **web),
+        "cc_sbu": SourceConfig(path="cc_sbu_dataset", weight=14.0, **web),
+    }
+    assert first.init_projection == "random"
+    second = load(TrainConfig, FOLDER / "minigpt4_stage2.yaml")
+    # The captions of cc_sbu_align are used raw, also in the original.
+    assert second.data.all_sources() == {
+        "folder": SourceConfig(kind="cc_sbu_align", path="sets/cc_sbu_align")
+    }
+    assert second.init_projection == f"{first.workdir}/projection.safetensors"
+    for run in (first, second):
+        assert run.data.random_resized_crop
+        assert not run.cache_features
+        assert (run.data.num_threads, run.data.seed, run.seed) == (4, 42, 42)
 
 
 def test_prompts_in_a_file_as_the_original_writes_them_are_the_listed_ones(tmp_path: Path) -> None:

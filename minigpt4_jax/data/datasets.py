@@ -12,7 +12,7 @@ from typing import NamedTuple
 from minigpt4_jax.config import DataConfig, SourceConfig, UserError
 from minigpt4_jax.data.array_records import ArrayRecordSource, TfdsSource
 from minigpt4_jax.data.captions import as_it_is, get_processor
-from minigpt4_jax.data.faults import require_share
+from minigpt4_jax.data.faults import TRAINING_SETTING, require_share
 from minigpt4_jax.data.jsonl import Jsonl
 from minigpt4_jax.data.sources import CcSbuAlign, Source
 from minigpt4_jax.data.tar_index import ORDER
@@ -42,19 +42,28 @@ def open_sources(config: DataConfig, *, progress: Progress = lambda done, of: No
     parts = []
     for name, settings in config.all_sources().items():
         source = _open(settings, progress)
-        if isinstance(source, TarShards):
-            lost = {why: n for why, n in source.report.counts.items() if why != ORDER}
-            if lost:
-                total = len(source) + sum(lost.values())
-                example = next(
-                    names[-1] for why, names in source.report.named.items() if why in lost
-                )
-                require_share(
-                    name, lost, of=total, max_share=config.max_corrupt_share, example=f"{example}."
-                )
+        require_intact(name, source, max_share=config.max_corrupt_share)
         process = get_processor(settings.caption_processor)
         parts.append(Part(name, source, settings.weight, process))
     return parts
+
+
+def require_intact(
+    name: str, source: Source, *, max_share: float, setting: str = TRAINING_SETTING
+) -> None:
+    """Raises `UserError` when more than `max_share` of the samples of tars were lost already by their index.
+
+    Other sources have nothing to lose before a sample is read. `setting`: see `faults.require_share`.
+    """
+    if not isinstance(source, TarShards):
+        return
+    lost = {why: n for why, n in source.report.counts.items() if why != ORDER}
+    if lost:
+        total = len(source) + sum(lost.values())
+        example = next(names[-1] for why, names in source.report.named.items() if why in lost)
+        require_share(
+            name, lost, of=total, max_share=max_share, example=f"{example}.", setting=setting
+        )
 
 
 def _open(settings: SourceConfig, progress: Progress) -> Source:

@@ -9,6 +9,7 @@ the loss under the same template that chat uses.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ from minigpt4_jax.data.prompts import (
 )
 from minigpt4_jax.data.sources import Example, Source, raise_problems
 from minigpt4_jax.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 TEXT_FAULT = "text does not fit"
 """The reason for which an example's words are refused."""
@@ -162,6 +165,11 @@ class Encoder:
             name=f"prompt {prompt!r}",
         )
         if cut:
+            # Said here too: a stream that is read as it comes has no count to show before it ends.
+            if not self._cut_prompts:
+                logger.warning(
+                    "Prompts are cut to data.max_context_len (%d) tokens: %r.", limit, prompt
+                )
             self._cut_prompts.add(prompt)
         return ids
 

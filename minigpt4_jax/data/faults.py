@@ -26,6 +26,9 @@ NAMED_PER_REASON = 3
 SMALLEST_BASE = 1000
 """A share is taken of at least so many samples (or the whole source), so that an early fault is no large share."""
 
+TRAINING_SETTING = "data.max_corrupt_share"
+"""Where a run says how many of its samples may be corrupt."""
+
 
 class SampleFault(UserError):
     """A sample that cannot be used. `reason` is one of a few fixed words; the message names the sample."""
@@ -59,8 +62,10 @@ class FaultCount:
     sample, which `max_share` bounds.
     """
 
-    def __init__(self, name: str, size: int, *, max_share: float) -> None:
-        self.name, self.size, self._max_share = name, size, max_share
+    def __init__(
+        self, name: str, size: int, *, max_share: float, setting: str = TRAINING_SETTING
+    ) -> None:
+        self.name, self.size, self._max_share, self._setting = name, size, max_share, setting
         self.drawn = 0
         """Samples drawn from the source so far, repetitions included."""
         self._reasons: dict[int, str] = {}
@@ -89,6 +94,7 @@ class FaultCount:
                 of=seen,
                 max_share=self._max_share,
                 example=faults[-1].message,
+                setting=self._setting,
             )
 
     def counts(self) -> dict[str, int]:
@@ -117,14 +123,25 @@ class FaultCount:
 
 
 def require_share(
-    name: str, counts: Mapping[str, int], *, of: int, max_share: float, example: str
+    name: str,
+    counts: Mapping[str, int],
+    *,
+    of: int,
+    max_share: float,
+    example: str,
+    setting: str = TRAINING_SETTING,
 ) -> None:
-    """Raises `UserError` if `counts` are more than `max_share` of `of` samples; `example` is one of the faults."""
+    """Raises `UserError` if `counts` are more than `max_share` of `of` samples.
+
+    Args:
+        example: one of the faults.
+        setting: what the user raises to allow more.
+    """
     total = sum(counts.values())
     if total > max_share * of:
         raise UserError(
             f"{total} of {of} samples of source {name!r} are corrupt ({describe(counts)}); expected at most "
-            f"{max_share:.2%} (data.max_corrupt_share). The last one: {example} Mend the files, or raise the limit."
+            f"{max_share:.2%} ({setting}). The last one: {example} Mend the files, or raise the limit."
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.data.sources import Example, Exchange, raise_problems, read_file
+from minigpt4_jax.data.sources import Example, Exchange, InMemorySource, raise_problems
 
 LLAVA_IMAGE = "<image>"
 """LLaVA's mark for the picture, at the start or end of the first question; the template puts the picture there."""
@@ -25,18 +25,16 @@ _WORDS = ("text", "turns", "conversations")
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-class Jsonl:
+class Jsonl(InMemorySource):
     """A JSONL file as a random-access source; lines may share a picture.
 
     Raises `UserError` listing every line that is wrong and every picture that is missing, all at once.
     """
 
-    in_memory = True
-
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         problems: list[str] = []
-        self._examples: list[Example] = []
+        examples: list[Example] = []
         rows: dict[Path, int] = {}
         for number, line in enumerate(self._lines(), start=1):
             if not line.strip():
@@ -52,12 +50,11 @@ class Jsonl:
                 if not file.is_file():
                     problems.append(f"line {number}: there is no picture {file}")
             name = f"line {number} ({image})"
-            self._examples.append(Example(name, rows[file], exchanges))
+            examples.append(Example(name, rows[file], exchanges))
         raise_problems(problems, f"{self.path} cannot be used")
-        if not self._examples:
+        if not examples:
             raise UserError(f"{self.path} has no line; expected one sample a line.")
-        self.image_paths = tuple(rows)
-        self.num_images = len(rows)
+        super().__init__(examples, rows)
 
     def _lines(self) -> list[str]:
         try:
@@ -68,15 +65,6 @@ class Jsonl:
             ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path} is not UTF-8 text ({error}).") from error
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
-
-    def read_image(self, row: int) -> bytes:
-        return read_file(self.image_paths[row])
 
 
 def parse_line(line: str) -> tuple[str, tuple[Exchange, ...]]:

@@ -1,8 +1,8 @@
 """Captioned pictures by index: what a source is, and the `cc_sbu_align` folder.
 
-For: the words that all sources share (`Example`, `Source`), and the original's stage-2 format (`filter_cap.json` and
-`image/{image_id}.jpg`). Not for: other formats (`jsonl.py`, `tar_shards.py`, `array_records.py`), choosing among them
-(`datasets.py`), decoding pictures (`pixels.py`).
+For: the words that all sources share (`Example`, `Source`), the base of those whose words are in memory, and the
+original's stage-2 format (`filter_cap.json` and `image/{image_id}.jpg`). Not for: other formats (`jsonl.py`,
+`tar_shards.py`, `array_records.py`), choosing among them (`datasets.py`), decoding pictures (`pixels.py`).
 
 Differs from the original: a missing picture is found before the first step, not in it.
 """
@@ -10,7 +10,7 @@ Differs from the original: a missing picture is found before the first step, not
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -65,7 +65,33 @@ class Source(Protocol):
         ...
 
 
-class CcSbuAlign:
+class InMemorySource:
+    """A source whose words were read and checked at once; its pictures are files of their own, read when asked for.
+
+    Args:
+        examples: every sample; `Example.image_row` is a place in `image_paths`.
+        image_paths: each picture once.
+    """
+
+    in_memory = True
+
+    def __init__(self, examples: Sequence[Example], image_paths: Iterable[Path]) -> None:
+        self._examples = examples
+        self.image_paths = tuple(image_paths)
+        self.num_images = len(self.image_paths)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+    def read_image(self, row: int) -> bytes:
+        """The file of picture `row`. Raises `SampleFault` when it cannot be read."""
+        return read_file(self.image_paths[row])
+
+
+class CcSbuAlign(InMemorySource):
     """A folder in the original's stage-2 format, as a random-access source.
 
     `filter_cap.json` holds `{"annotations": [{"image_id", "caption"}, ...]}` or the bare list; an annotation may have
@@ -73,15 +99,13 @@ class CcSbuAlign:
     Raises `UserError` listing every missing picture and broken annotation together.
     """
 
-    in_memory = True
-
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         annotations = _read_annotations(self.folder / ANNOTATIONS)
         images = self.folder / "image"
         present = {entry.name for entry in images.iterdir()} if images.is_dir() else set()
         problems: list[str] = []
-        self._examples: list[Example] = []
+        examples: list[Example] = []
         rows: dict[str, int] = {}
         for number, annotation in enumerate(annotations):
             problem = _annotation_problem(annotation)
@@ -96,24 +120,13 @@ class CcSbuAlign:
                     problems.append(f"annotation {number}: there is no {path}")
             words = Exchange(annotation.get("prompt"), annotation["caption"])
             name = f"annotation {number} (picture {image_id})"
-            self._examples.append(Example(name, rows[image_id], (words,)))
+            examples.append(Example(name, rows[image_id], (words,)))
         raise_problems(problems, f"{self.folder / ANNOTATIONS} and its pictures do not agree")
-        if not self._examples:
+        if not examples:
             raise UserError(
                 f"{self.folder / ANNOTATIONS} has no annotation; expected at least one."
             )
-        self.image_paths = tuple(images / f"{image_id}.jpg" for image_id in rows)
-        """Each picture once, in the order of its first annotation."""
-        self.num_images = len(self.image_paths)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
-
-    def read_image(self, row: int) -> bytes:
-        return read_file(self.image_paths[row])
+        super().__init__(examples, (images / f"{image_id}.jpg" for image_id in rows))
 
 
 def read_file(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,10 +52,10 @@ def run(
     return convert(ArraySource(source), table, excuses=excuses, target=TARGET)
 
 
-def problems(*args: object) -> dict[str, list[str]]:
+def problems(*args: Any) -> dict[str, list[str]]:
     """Kind -> texts of the error that a conversion raises."""
     with pytest.raises(ConversionError) as caught:
-        run(*args)  # type: ignore[arg-type]
+        run(*args)
     found: dict[str, list[str]] = {}
     for problem in caught.value.problems:
         found.setdefault(problem.kind, []).append(problem.text)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from minigpt4_jax.config import UserError
 from minigpt4_jax.data.captions import blip_caption
 from minigpt4_jax.data.encoding import Encoder
 from minigpt4_jax.data.faults import SampleFault
@@ -16,6 +17,7 @@ from minigpt4_jax.data.prompts import (
     Turn,
     conversation_pieces,
     encode_pieces,
+    get_template,
     user_pieces,
 )
 from minigpt4_jax.data.sources import Example, Exchange
@@ -100,3 +102,47 @@ def test_cut_answers_say_how_much() -> None:
     tokens = encoder(truncate=True).encode(talk, 0)
     assert tokens.cut_tokens == 5 + 3
     assert tokens.loss_mask.sum() == 32
+
+
+# --- prompts that are too long ---
+
+VICUNA = get_template("vicuna_v0")  # with a bos, which the limit does not count
+QUESTION = "What in the world is this?"
+
+
+def prompted(question: str | None, **changes: Any) -> tuple[Encoder, list[int]]:
+    """An encoder with one prompt, and the prompt's ids in a sample: the list's, or the sample's own."""
+    settings: dict[str, Any] = {"num_image_tokens": 2, "max_text_len": 16, "prompts": (QUESTION,)}
+    made = Encoder(VICUNA, TOKENIZER, **(settings | changes))
+    tokens = made.encode(example(Exchange(question, "x")), 0)
+    return made, tokens.token_ids[~tokens.loss_mask].tolist()
+
+
+@pytest.mark.parametrize("own", [None, "And what is that?"])
+def test_a_prompt_is_held_to_its_limit_to_the_token_without_counting_bos(own: str | None) -> None:
+    short = {"prompts": ("x",)} if own else {}  # the other prompt fits in any case
+    _, whole = prompted(own, **short)
+    assert whole[0] == TOKENIZER.special("<s>")
+    length = len(whole) - 1
+    made, fitting = prompted(own, max_context_len=length, **short)
+    assert (fitting, made.cut_prompts) == (whole, 0)
+    made, cut = prompted(own, max_context_len=length - 1, truncate=True, **short)
+    assert (cut, made.cut_prompts) == (whole[:-1], 1)
+    made.encode(example(Exchange(own, "y")), 0)
+    assert made.cut_prompts == 1  # of different prompts, however often they are asked
+    said = f"has {length} tokens with its picture; expected at most {length - 1}"
+    # The run's own prompt stops the run, a sample's is the sample's fault.
+    with pytest.raises(SampleFault if own else UserError, match=said) as raised:
+        prompted(own, max_context_len=length - 1, **short)
+    assert isinstance(raised.value, SampleFault) == bool(own)
+
+
+def test_a_cut_prompt_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    made, _ = prompted(None, prompts=("x",), max_context_len=60, truncate=True)
+    assert not caplog.messages
+    for question in (QUESTION * 3, QUESTION * 3, QUESTION * 4):
+        made.encode(example(Exchange(question, "y")), 0)
+    assert made.cut_prompts == 2
+    (line,) = caplog.messages
+    assert f"{QUESTION * 3!r}" in line
+    assert "data.max_context_len (60)" in line

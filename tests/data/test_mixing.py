@@ -43,6 +43,12 @@ def test_no_source_is_ever_more_than_one_sample_from_its_share() -> None:
             assert abs(taken[source] - (position + 1) * weight / 129) < 1
 
 
+def test_the_source_that_is_furthest_behind_its_share_is_next_and_the_first_of_equals() -> None:
+    # Behind by, in quarters, once the sample is counted: 1 3 | 2 2 | -1 5 | 0 4.
+    mixture = Mixture([1.0, 3.0])
+    assert [mixture[position] for position in range(5)] == [(1, 0), (0, 0), (1, 1), (1, 2), (1, 3)]
+
+
 def test_a_position_far_out_is_as_exact() -> None:
     mixture = Mixture([115.0, 14.0])
     cycles = 10**15

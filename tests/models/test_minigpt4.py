@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -298,7 +299,7 @@ def test_rows_of_a_batch_do_not_see_each_other(run: Any, any_config: ModelConfig
     batch = make_batch(any_config)
     together = run(batch).logits
     for row in range(2):
-        alone = run(jax.tree.map(lambda leaf: leaf[row : row + 1], batch)).logits  # noqa: B023
+        alone = run(jax.tree.map(operator.itemgetter(slice(row, row + 1)), batch)).logits
         np.testing.assert_allclose(alone[0], together[row], rtol=0, atol=2e-5)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax.config import TrainConfig, UserError
+from minigpt4_jax.config import DataConfig, OptimizerConfig, SourceConfig, TrainConfig, UserError
 from minigpt4_jax.training.identity import (
     FREE_SETTINGS,
     hash_tree,
@@ -30,6 +30,65 @@ def test_the_identity_of_a_run_has_every_setting_but_the_free_ones_and_the_weigh
     assert set(identity) == fields - set(FREE_SETTINGS) | weights
     assert set(FREE_SETTINGS) <= fields
     assert json.loads(json.dumps(identity)) == identity
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "": {
+        "preset": "tiny", "workdir": "w", "init_projection": "random", "dtype": "bfloat16", "feature_cache": "f",
+        "licence": "x", "attribution": "y", "tensorboard": True, "save_every": 7, "log_every": 7, "max_to_keep": 7,
+        "seed": 7,
+    },
+    "data": {
+        "folder": "f", "sources": {"a": SourceConfig(kind="jsonl", path="p")}, "max_corrupt_share": 0.5,
+        "num_threads": 7, "prompts": ("Other?",), "template": "llama2", "end_sym": "!", "batch_size": 7,
+        "length_multiple": 7, "max_text_len": 7, "max_context_len": 7, "truncate": True, "mask_pad_token": True,
+        "seed": 7,
+    },
+    "optimizer": {
+        "name": "muon", "lr_sched": "warmup_step", "init_lr": 0.7, "min_lr": 0.7, "warmup_lr": 0.7, "warmup_steps": 7,
+        "max_steps": 700, "iters_per_epoch": 7, "lr_decay_rate": 0.7, "accum_grad_iters": 10, "accum_grads": "sum",
+        "weight_decay": 0.7, "beta1": 0.7, "beta2": 0.7, "eps": 0.7,
+    },
+}  # fmt: skip
+"""Another value for each setting."""
+NEEDS_ANOTHER: dict[str, set[str]] = {
+    "": {"cache_features", "data", "optimizer"}, "data": {"random_resized_crop", "prompt_path"}, "optimizer": set(),
+}  # fmt: skip
+"""Settings that cannot be changed alone."""
+FREE = {
+    "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep", "tensorboard",
+    "data.max_corrupt_share", "data.num_threads",
+}  # fmt: skip
+"""Written here once more: whoever frees a setting says so in two places."""
+
+
+@pytest.mark.parametrize(
+    ("section", "schema"), [("", TrainConfig), ("data", DataConfig), ("optimizer", OptimizerConfig)]
+)
+def test_every_setting_on_which_a_number_depends_belongs_to_the_run(
+    section: str, schema: Any
+) -> None:
+    fields = {field.name for field in dataclasses.fields(schema)}
+    assert set(OTHER[section]) | NEEDS_ANOTHER[section] == fields
+    plain = run_identity(TrainConfig(), frozen=TREE, start=None)
+    for name, value in OTHER[section].items():
+        config = TrainConfig()
+        if section:
+            part = dataclasses.replace(getattr(config, section), **{name: value})
+            config = dataclasses.replace(config, **{section: part})
+        else:
+            config = dataclasses.replace(config, **{name: value})
+        changed = run_identity(config, frozen=TREE, start=None) != plain
+        assert changed == (".".join(filter(None, (section, name))) not in FREE), name
+
+
+def test_the_crop_and_the_cache_belong_to_the_run() -> None:
+    config = TrainConfig(init_projection="random")
+    uncached = dataclasses.replace(config, cache_features=False)
+    data = dataclasses.replace(config.data, random_resized_crop=True)
+    cropped = dataclasses.replace(uncached, data=data)
+    runs = [run_identity(each, frozen=TREE, start=None) for each in (config, uncached, cropped)]
+    assert runs[0] != runs[1] != runs[2]
 
 
 def test_a_hash_changes_with_names_shapes_dtypes_and_values_and_not_with_order_or_library() -> None:

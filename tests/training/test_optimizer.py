@@ -125,6 +125,9 @@ def test_an_unknown_optimizer_is_named_with_the_known_ones() -> None:
 # --- the other schedules ---
 
 
+SCHEDULES = ["warmup_cosine", "warmup_step", "linear_warmup_cosine_lr", "linear_warmup_step_lr"]
+
+
 def rates(config: OptimizerConfig) -> list[float]:
     schedule = make_schedule(config)
     return [float(schedule(step)) for step in range(config.max_steps)]
@@ -180,10 +183,7 @@ def test_the_originals_rate_never_exceeds_its_peak_and_minus_one_is_no_warm_up(
     assert rates(config)[:3] == [0.1, 0.1, 0.1]
 
 
-@pytest.mark.parametrize(
-    "lr_sched",
-    ["warmup_cosine", "warmup_step", "linear_warmup_cosine_lr", "linear_warmup_step_lr"],
-)
+@pytest.mark.parametrize("lr_sched", SCHEDULES)
 def test_the_rate_on_the_device_is_the_one_on_the_host(lr_sched: str) -> None:
     config = OptimizerConfig(
         lr_sched=lr_sched, init_lr=1e-4, min_lr=0.0, warmup_steps=30, max_steps=200, iters_per_epoch=50,
@@ -192,6 +192,21 @@ def test_the_rate_on_the_device_is_the_one_on_the_host(lr_sched: str) -> None:
     on_device = jax.jit(make_schedule(config))(jnp.arange(200))
     assert on_device.dtype == jnp.float32
     np.testing.assert_allclose(on_device, rates(config), rtol=1e-6)
+
+
+@pytest.mark.parametrize("lr_sched", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_run_that_is_all_warm_up_rises_to_its_end(lr_sched: str, steps: int) -> None:
+    config = OptimizerConfig(
+        lr_sched=lr_sched, init_lr=0.1, min_lr=0.01, warmup_lr=0.001, warmup_steps=steps, max_steps=steps
+    )  # fmt: skip
+    expected = [0.001 + 0.099 * step / steps for step in range(steps)]
+    np.testing.assert_allclose(rates(config), expected, rtol=1e-12)
+    on_device = jax.jit(make_schedule(config))(jnp.arange(steps + 2))
+    np.testing.assert_allclose(on_device[:steps], expected, rtol=1e-6)
+    assert np.isfinite(on_device).all()  # also past the end, where Adam may ask
+    (update,) = run_updates(config, GRADS[:1], [1], PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update))
 
 
 def test_a_run_may_end_within_the_originals_warm_up_only() -> None:

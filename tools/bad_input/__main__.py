@@ -166,7 +166,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*os.fork.*", category=RuntimeWarning)
     import convert.__main__  # noqa: F401  (once, before the forks)
     import minigpt4_jax.api
-    import minigpt4_jax.training.loop  # noqa: F401
+    import minigpt4_jax.training.loop  # noqa: F401  (likewise)
 
     results, wrong = [], []
     with tempfile.TemporaryDirectory() as scratch:

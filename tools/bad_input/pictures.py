@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from case import PHOTO, RED, Case, encoded, write
@@ -63,12 +64,10 @@ def refused(what: str, name: str, data: bytes | str, says: str) -> Case:
     )
 
 
-def odd(
-    what: str, says: str, make: Callable[[], None], name: str = "p.png", **more: object
-) -> Case:
+def odd(what: str, says: str, make: Callable[[], None], name: str = "p.png", **more: Any) -> Case:
     command = ("minigpt4", "chat", name, "What is this?")
     group = "Paths that are no pictures"
-    return Case(group=group, what=what, command=command, says=says, prepare=make, **more)  # type: ignore[arg-type]
+    return Case(group=group, what=what, command=command, says=says, prepare=make, **more)
 
 
 def read(what: str, name: str, data: bytes, says: str) -> Case:

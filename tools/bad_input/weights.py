@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from case import PHOTO, PICTURE, YAML, Case, encoded, write
@@ -188,17 +189,17 @@ WITH_PROJECTION = (*CHAT, "--projection", "p.safetensors")
 
 
 def weights(
-    what: str, command: tuple[str, ...], says: str, prepare: Callable[[], None], **more: object
+    what: str, command: tuple[str, ...], says: str, prepare: Callable[[], None], **more: Any
 ) -> Case:
-    return Case(group="Weights", what=what, command=command, says=says, prepare=prepare, **more)  # type: ignore[arg-type]
+    return Case(group="Weights", what=what, command=command, says=says, prepare=prepare, **more)
 
 
 def place(
-    what: str, command: tuple[str, ...], says: str, prepare: Callable[[], None], **more: object
+    what: str, command: tuple[str, ...], says: str, prepare: Callable[[], None], **more: Any
 ) -> Case:
     return Case(
         group="Disk and network", what=what, command=command, says=says, prepare=prepare, **more
-    )  # type: ignore[arg-type]
+    )
 
 
 WEIGHTS = (

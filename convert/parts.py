@@ -14,22 +14,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from convert import detect, eva_vit, qformer
-from convert.llama_files import open_llama
+from convert.llama_files import OpenedLlama, open_llama
 from convert.projection import read_projection
 from convert.rules import Excuse, Plan, Rule, identity
 from convert.settings import ConvertConfig
 from convert.sources import ArraySource, TensorSource, open_source
 from convert.tokenizer import convert_tokenizer
-from minigpt4_jax.config import UserError
+from minigpt4_jax.config import ModelConfig, UserError, VitConfig
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import Preset
-
-Tree = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +71,7 @@ def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
 
     plans: dict[str, Plan] = {}
     vit = open_source(Path(settings.vit))
-    detect.require_option(vit, "--vit")
-    rules, own = eva_vit.vit_table(vit, model.vit)
+    rules, own = _vit_table(vit, model.vit)
     plans["vit"] = plan(vit, _under("vit", rules), own, ["vit"])
     if model.qformer is not None:
         source = open_source(Path(settings.qformer))
@@ -86,11 +80,15 @@ def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
         rules = qformer.qformer_rules(model.qformer, naming)
         plans["qformer"] = plan(source, rules, qformer.qformer_excuses(naming), qformer.PARTS)
     else:
-        plans["ln_vision"] = plan(*_untouched_ln_vision(model.vit.width), ["ln_vision"])
+        untouched = ArraySource(eva_vit.plain_ln_vision(model.vit))
+        plans["ln_vision"] = plan(untouched, _copied("ln_vision", untouched), (), ["ln_vision"])
     plans["llama"] = plan(
         language.source, _under("llama", language.rules), language.excuses, ["llama"]
     )
-    plans["llama_proj"] = plan(*_projection(Path(settings.projection), preset), ["llama_proj"])
+    path = Path(settings.projection)
+    # Small enough to be read at once, with all checks of its own.
+    projection = ArraySource(read_projection(path, model, dtype=None)[0], files=(path,))
+    plans["llama_proj"] = plan(projection, _copied("llama_proj", projection), (), ["llama_proj"])
     _require_excuses_used(excuses, [p.source for p in plans.values()])
 
     def tokenizer(folder: Path) -> None:
@@ -106,27 +104,27 @@ def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
     )
 
 
+def llama_plan(opened: OpenedLlama, config: ModelConfig) -> Plan:
+    """The plan of the language model alone, stored as in its source."""
+    target = {"llama": abstract_params(config)["llama"]}
+    rules = _under("llama", opened.rules)
+    return Plan(opened.source, rules, excuses=opened.excuses, target=target)
+
+
 def _under(part: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(dataclasses.replace(rule, target=f"{part}/{rule.target}") for rule in rules)
 
 
-def _untouched_ln_vision(width: int) -> tuple[TensorSource, tuple[Rule, ...], tuple[Excuse, ...]]:
-    """Without a Q-Former nothing in the original loads `ln_vision`, which keeps its first values."""
-    arrays = {"weight": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
-    rules = (
-        Rule("ln_vision/scale", ("weight",), identity),
-        Rule("ln_vision/bias", ("bias",), identity),
-    )
-    return ArraySource(arrays), rules, ()
+def _vit_table(
+    source: TensorSource, config: VitConfig
+) -> tuple[tuple[Rule, ...], tuple[Excuse, ...]]:
+    if detect.require_option(source, "--vit") is detect.Kind.BLIP2:
+        return eva_vit.hf_vit_rules(config), eva_vit.HF_VIT_EXCUSES
+    return eva_vit.eva_rules(config), eva_vit.eva_excuses(config)
 
 
-def _projection(
-    path: Path, preset: Preset
-) -> tuple[TensorSource, tuple[Rule, ...], tuple[Excuse, ...]]:
-    """Small enough to be read at once, with all checks of its own."""
-    tree, _ = read_projection(path, preset.model, dtype=None)
-    rules = tuple(Rule(f"llama_proj/{leaf}", (leaf,), identity) for leaf in ("kernel", "bias"))
-    return ArraySource(tree, files=(path,)), rules, ()
+def _copied(part: str, source: TensorSource) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{part}/{name}", (name,), identity) for name in source.names())
 
 
 def _require_excuses_used(excuses: Sequence[Excuse], sources: Sequence[TensorSource]) -> None:

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from convert import eva_vit, fetch
 from convert.fetch import WheelMember
 from convert.llama_files import open_llama
-from convert.rules import Tree, convert
+from convert.model import write_model
+from convert.parts import llama_plan
+from convert.rules import Plan
 from convert.sources import OnnxSource
-from convert.tokenizer import save_tokenizer
-from minigpt4_jax.checkpoint import save_params
+from convert.tokenizer import convert_tokenizer
 from minigpt4_jax.config import UserError
+from minigpt4_jax.model_folder import MANIFEST
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import get_preset
 
-VERSION = 2
+VERSION = 3
 """Raise it whenever a table, an operation or the layout of the folder changes: older results are then made anew."""
 
 LANGUAGE = WheelMember(
@@ -64,75 +64,54 @@ def smol_folder() -> Path:
 
 
 def prepare_smol(progress: Progress | None = None) -> Path:
-    """Returns the folder of the smol tier's frozen parts, making it on the first call.
+    """Returns the model folder of the smol tier's frozen parts, making it on the first call.
 
-    The folder holds `params/` (see `minigpt4_jax.checkpoint.load_params`; trees `vit`, `ln_vision`, `llama`),
-    `tokenizer.json`, `tokenizer_config.json` and `manifest.json`. It appears whole or not at all.
+    It holds the trees `vit`, `ln_vision` and `llama` (`minigpt4_jax/model_folder.py`), and the tokenizer.
 
     Raises:
         UserError: a file cannot be fetched or is not the expected one, or the disk is full.
     """
     folder = smol_folder()
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         return folder
     cache = folder.parent
-    partial = folder.with_name(folder.name + ".partial")
     with (
         fetch.clear_disk_errors(cache),
         fetch.lock(folder.with_name(folder.name + ".lock")),
     ):
-        if (folder / "manifest.json").is_file():
+        if (folder / MANIFEST).is_file():
             return folder  # made by the process that we waited for
-        for left in (partial, folder):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         language = fetch.fetch_member(LANGUAGE, cache)
         vision = fetch.fetch_member(VISION, cache)
         fetch.require_space(cache, _CONVERTED_SIZE, what="the converted smol model")
-        try:
-            partial.mkdir(parents=True)
-            _convert_into(partial, language, vision, progress or _silent)
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _convert_into(folder, language, vision, progress or _silent)
     return folder
 
 
 def _convert_into(folder: Path, language: Path, vision: Path, progress: Progress) -> None:
-    config = get_preset("smol").model
-    abstract = abstract_params(config)
-
-    tower = convert(
-        OnnxSource(vision),
-        eva_vit.dino_rules(config.vit),
-        excuses=eva_vit.DINO_EXCUSES,
-        target={name: abstract[name] for name in ("vit", "ln_vision")},
-        on_tensor=lambda done, total, _: progress("Converting the image tower", done, total),
-    )
-    gguf = open_llama(language)
-    if gguf.config != config.llama:
+    preset = get_preset("smol")
+    abstract = abstract_params(preset.model)
+    opened = open_llama(language)
+    if opened.config != preset.model.llama:
         raise UserError(
-            f"{language} describes {gguf.config}; the smol preset expects {config.llama}. The file and this version of "
-            "minigpt4_jax do not belong together."
+            f"{language} describes {opened.config}; the smol preset expects {preset.model.llama}. The file and this "
+            "version of minigpt4_jax do not belong together."
         )
-    model = convert(
-        gguf.source,
-        gguf.rules,
-        excuses=gguf.excuses,
-        target=abstract["llama"],
-        on_tensor=lambda done, total, _: progress("Converting the language model", done, total),
-    )
-    params: Tree = {**tower.params, "llama": model.params}
-    save_params(folder / "params", params)
-    save_tokenizer(folder, gguf.source.metadata)
-    manifest: dict[str, Any] = {
-        "convert_version": VERSION,
-        "model": dataclasses.asdict(config),
-        "sources": {
-            "vit": dataclasses.asdict(VISION),
-            "llama": dataclasses.asdict(LANGUAGE),
+    tower = {name: abstract[name] for name in ("vit", "ln_vision")}
+    rules = eva_vit.dino_rules(preset.model.vit)
+    write_model(
+        folder,
+        {
+            "vit": Plan(OnnxSource(vision), rules, excuses=eva_vit.DINO_EXCUSES, target=tower),
+            "llama": llama_plan(opened, preset.model),
         },
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        preset=preset,
+        tokenizer=lambda out: convert_tokenizer(language, out),
+        facts={"vit": dataclasses.asdict(VISION), "llama": dataclasses.asdict(LANGUAGE)},
+        settings={},
+        progress=progress,
+    )
 
 
 def _silent(stage: str, done: int, total: int) -> None:

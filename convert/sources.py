@@ -57,9 +57,14 @@ class ArraySource:
     """A dict of arrays: tests, and formats that are small enough to be read at once."""
 
     def __init__(
-        self, arrays: Mapping[str, Array], *, metadata: Mapping[str, Any] | None = None
+        self,
+        arrays: Mapping[str, Array],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        files: tuple[Path, ...] = (),
     ) -> None:
         self._arrays = dict(arrays)
+        self._files = files
         self.metadata: Mapping[str, Any] = metadata or {}
 
     def describe(self) -> str:
@@ -78,7 +83,7 @@ class ArraySource:
         return self._arrays[name]
 
     def files(self) -> tuple[Path, ...]:
-        return ()
+        return self._files
 
 
 class GgufSource:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from minigpt4_jax import cli
 from minigpt4_jax.config import SourceConfig, TrainConfig
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.prompts import load_prompts

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from minigpt4_jax.checkpoint import load_params
 from minigpt4_jax.config import UserError
 from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.data.images import load_image, preprocess
@@ -31,8 +30,9 @@ from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.sampling import Sampling, make_sampling
+from minigpt4_jax.model_folder import ModelFolder, find_preset, open_folder
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
-from minigpt4_jax.presets import MAX_SEED, GenerationConfig, Preset, get_preset
+from minigpt4_jax.presets import MAX_SEED, PRESETS, GenerationConfig, Preset
 
 __all__ = ["Chat", "GenerationConfig", "MiniGPT4"]
 
@@ -66,29 +66,25 @@ class MiniGPT4:
         context: int = 1024,
         progress: Progress | None = None,
     ) -> MiniGPT4:
-        """Loads a preset. The first `load("smol")` fetches and converts its frozen parts into the cache.
+        """Loads a model. The first `load("smol")` fetches and converts its frozen parts into the cache.
 
         Args:
-            name: a preset whose weights this project can get by itself: `smol`.
-            projection: a projection file; default: the one that is shipped with the package.
+            name: `smol`, the preset whose weights this project can get by itself, or the model folder that
+                `python -m convert` wrote: a path, or a URL such as `gs://bucket/vicuna-7b`.
+            projection: a projection file; default: the one in the folder, and for `smol` the one that is shipped.
             dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on an accelerator, float32 on a CPU.
             context: longest prompt plus answer of a conversation, in tokens; a picture takes 16 in `smol`.
             progress: told what is being converted on the first call.
 
         Raises:
-            UserError: an unknown preset, a download that failed, a projection of another model.
+            UserError: no such model, a download that failed, a damaged folder, a projection of another model.
         """
-        preset = get_preset(name)
-        from convert.projection import read_projection
-
-        # Before minutes of fetching and loading: the wrong file is said at once.
-        path = Path(projection) if projection is not None else shipped_projection(name)
-        llama_proj, _ = read_projection(path, preset.model)
-        params, tokenizer = load_frozen(name, progress=progress)
-        params["llama_proj"] = llama_proj
+        preset = find_preset(name)
         storage = pick_dtype(dtype)
-        if storage != jnp.float32:
-            params = jax.tree.map(lambda leaf: jnp.asarray(leaf, storage), params)
+        # Before minutes of fetching and loading: the wrong file is said at once.
+        llama_proj = _load_projection(name, projection, preset)
+        params, tokenizer = load_frozen(name, dtype=storage, progress=progress)
+        params["llama_proj"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, storage), llama_proj)
         return cls(preset, params, tokenizer, dtype=storage, context=context)
 
     def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
@@ -269,26 +265,66 @@ def shipped_projection(name: str) -> Path:
     return path
 
 
-def load_frozen(name: str, *, progress: Progress | None = None) -> tuple[Params, Tokenizer]:
-    """The frozen parts (`vit`, `ln_vision`, `llama`; `DISK` layout, float32) and the tokenizer of a preset.
+def _load_projection(name: str, projection: str | Path | None, preset: Preset) -> Params:
+    """`llama_proj`: from a file, from the model folder, or the one that is shipped for a preset."""
+    from convert.projection import read_projection
+
+    if projection is not None or name in PRESETS:
+        path = Path(projection) if projection is not None else shipped_projection(name)
+        return read_projection(path, preset.model)[0]
+    folder = open_folder(name)
+    if "llama_proj/kernel" not in folder.names():
+        raise UserError(
+            f"The model folder {name} holds no projection. Train one (train.py) and pass its file."
+        )
+    part: Params = folder.load({"llama_proj": abstract_params(preset.model)["llama_proj"]})
+    return part["llama_proj"]  # type: ignore[no-any-return] # a tree is a dict of Any
+
+
+def load_frozen(
+    name: str, *, dtype: Any = None, progress: Progress | None = None
+) -> tuple[Params, Tokenizer]:
+    """The frozen parts (all but `llama_proj`; `DISK` layout) and the tokenizer of a model, as `MiniGPT4.load` takes it.
+
+    Args:
+        dtype: of the arrays; None: as they are stored, which is float32 for `smol`.
 
     Raises:
-        UserError: the preset has no weights that can be fetched, or fetching or converting them failed.
+        UserError: the preset has no weights that can be fetched, fetching or converting them failed, or the folder is
+            damaged.
     """
-    preset = get_preset(name)
-    if name != "smol":
-        raise UserError(f"There are no weights to fetch for preset {name!r}; expected smol.")
-    from convert.smol import prepare_smol
-
-    folder = prepare_smol(progress)
-    abstract = abstract_params(preset.model)
+    if name in PRESETS and name != "smol":
+        raise UserError(
+            f"There are no weights to fetch for the preset {name!r}: convert the published ones (`python -m convert "
+            f"{name} --help`) and give the folder."
+        )
+    folder = _folder_of(name, progress=progress)
+    abstract = abstract_params(folder.preset.model)
     frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
     try:
-        tokenizer = load_tokenizer(folder)
-        params: Params = load_params(folder / "params", frozen)
-        return params, tokenizer
+        folder.require_whole()
+        tokenizer = load_tokenizer(folder.path)
+        return folder.load(frozen, dtype=dtype), tokenizer
     except UserError as error:
+        if name != "smol":
+            raise
         raise UserError(
-            f"{error}\nThese files were made from the fetched ones. Remove the folder {folder} and run the command "
-            "again: it is made anew."
+            f"{error}\nThese files were made from the fetched ones. Remove the folder {folder.path} and run the "
+            "command again: it is made anew."
         ) from error
+
+
+def frozen_parts(name: str) -> dict[str, str]:
+    """Which files the frozen parts of a model came from: part -> SHA-256. Empty for a preset with random weights."""
+    if name in PRESETS and name != "smol":
+        return {}
+    sums = _folder_of(name).fingerprints()
+    return {part: digest for part, digest in sums.items() if part != "llama_proj"}
+
+
+def _folder_of(name: str, *, progress: Progress | None = None) -> ModelFolder:
+    if name == "smol":
+        from convert.smol import prepare_smol
+
+        return ModelFolder(prepare_smol(progress))
+    return open_folder(name)

@@ -65,7 +65,12 @@ def _add_chat(commands: Any) -> None:
         metavar="PATH",
         help="a further picture, shown with the first question; may be given again",
     )
-    chat.add_argument("--preset", default="smol", help="the model (default: %(default)s)")
+    chat.add_argument(
+        "--model",
+        default="smol",
+        metavar="NAME",
+        help="smol, or a folder that `minigpt4 convert` wrote (default: %(default)s)",
+    )
     chat.add_argument("--projection", help="a projection file instead of the shipped one")
     chat.add_argument(
         "--context", type=int, default=1024, metavar="N", help="longest conversation, in tokens"
@@ -97,12 +102,12 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, str]] = {
 
 def _generation(args: argparse.Namespace) -> GenerationConfig:
     """The preset's settings with those that were typed. Raises `UserError` for one that would change nothing."""
-    from minigpt4_jax.presets import get_preset
+    from minigpt4_jax.model_folder import find_preset
 
     typed = {
         name: value for name in GENERATION_OPTIONS if (value := getattr(args, name)) is not None
     }
-    generation = dataclasses.replace(get_preset(args.preset).generation, **typed)
+    generation = dataclasses.replace(find_preset(args.model).generation, **typed)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if name in typed]
     if idle and generation.temperature == 0:
         raise UserError(
@@ -126,7 +131,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     with tensor_bar() as progress:
         model = MiniGPT4.load(
-            args.preset, projection=args.projection, context=args.context, progress=progress
+            args.model, projection=args.projection, context=args.context, progress=progress
         )
 
     def start() -> Chat:
@@ -240,14 +245,14 @@ def _train(args: argparse.Namespace) -> int:
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
     from minigpt4_jax.api import load_frozen
-    from minigpt4_jax.presets import get_preset
+    from minigpt4_jax.model_folder import find_preset
     from minigpt4_jax.training.loop import train
 
     start = None
     if config.init_projection not in ("ridge", "random"):
-        start, _ = read_projection(Path(config.init_projection), get_preset(config.preset).model)
+        start, _ = read_projection(Path(config.init_projection), find_preset(config.model).model)
     with tensor_bar() as progress:
-        params, tokenizer = load_frozen(config.preset, progress=progress)
+        params, tokenizer = load_frozen(config.model, progress=progress)
     train(
         config,
         params=params,
@@ -261,14 +266,14 @@ def _train(args: argparse.Namespace) -> int:
 
 def _save_projection(config: TrainConfig, path: Path, projection: Projection) -> None:
     from convert.projection import ProjectionInfo, write_projection
-    from convert.smol import LANGUAGE, VISION
-    from minigpt4_jax.presets import get_preset
+    from minigpt4_jax.api import frozen_parts
+    from minigpt4_jax.model_folder import find_preset
 
     info = ProjectionInfo(
-        config=get_preset(config.preset).model,
+        config=find_preset(config.model).model,
         licence=config.licence,
         attribution=config.attribution,
-        frozen_parts={"vit": VISION.member_sha256, "llama": LANGUAGE.member_sha256},
+        frozen_parts=frozen_parts(config.model),
         training={
             "set": ", ".join(Path(s.path).name for s in config.data.all_sources().values()),
             "start": Path(config.init_projection).name,

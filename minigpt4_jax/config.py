@@ -355,7 +355,8 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run of the projection."""
 
-    preset: str = "smol"
+    model: str = "smol"
+    """`smol`, or the folder (a path or URL) that `python -m convert` wrote."""
     workdir: str = ""
     """Checkpoints, the metrics and the finished projection go here; a run that is started again resumes here."""
     init_projection: str = "ridge"

@@ -17,6 +17,7 @@ files are read by every safetensors library.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import posixpath
 import re
@@ -33,7 +34,7 @@ import numpy.typing as npt
 from minigpt4_jax.checkpoint import CheckpointError, find_damage, leaf_names, require_same_trees
 from minigpt4_jax.checksums import FILE as CHECKSUMS
 from minigpt4_jax.config import UserError
-from minigpt4_jax.presets import Preset
+from minigpt4_jax.presets import PRESETS, Preset, get_preset
 from minigpt4_jax.schema import from_plain
 from minigpt4_jax.weight_files import WeightFile, is_url, open_filesystem
 
@@ -119,6 +120,18 @@ class ModelFolder:
             if name.startswith(f"{WEIGHTS}/"):
                 file = WeightFile(self._at(name))
                 found |= dict.fromkeys(file.names(), file)
+        return found
+
+    def fingerprints(self) -> dict[str, str]:
+        """Part -> SHA-256 of the file it came from, or of the SHA-256 sums of its files, one a line."""
+        found = {}
+        for part, source in self.sources.items():
+            if not source["files"]:  # numbers that the original never loads
+                continue
+            sums = [file["sha256"] for file in source["files"]]
+            found[part] = (
+                sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
+            )
         return found
 
     def describe(self) -> str:
@@ -255,3 +268,25 @@ def manifest_of(
         "sources": dict(sources),
         "settings": dict(settings),
     }
+
+
+def find_preset(name: str) -> Preset:
+    """Sizes and conventions of a preset, or of the model folder at a path or URL.
+
+    Raises:
+        UserError: it is neither.
+    """
+    return get_preset(name) if name in PRESETS else open_folder(name).preset
+
+
+def open_folder(name: str) -> ModelFolder:
+    """The model folder at a path or URL that a person typed where a preset could stand too. Raises as `find_preset`."""
+    try:
+        return ModelFolder(name)
+    except UserError as error:
+        if is_url(name) or Path(name).exists():
+            raise
+        raise UserError(
+            f"There is no model {name!r}: no folder of that name, and no preset. Expected one of "
+            f"{', '.join(sorted(PRESETS))}, or a folder that `python -m convert` wrote."
+        ) from error

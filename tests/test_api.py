@@ -50,7 +50,7 @@ def projection_file(
 def model(tiny_params: Any, tokenizer: Tokenizer, projection_file: Path) -> MiniGPT4:
     with pytest.MonkeyPatch.context() as patch:
         frozen = make_frozen(tiny_params, tokenizer)
-        patch.setattr(api, "load_frozen", lambda name, progress=None: (dict(frozen), tokenizer))
+        patch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
         return MiniGPT4.load("tiny", projection=projection_file, context=CONTEXT, dtype="float32")
 
 
@@ -405,12 +405,15 @@ def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
 def test_loading_says_what_is_wrong(
     tiny_params: Any, tokenizer: Tokenizer, projection_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no preset 'huge'; expected one of llama2-7b, smol, tiny,"):
+    with pytest.raises(
+        UserError,
+        match="no model 'huge': no folder of that name, and no preset. Expected one of llama2-7b, smol, tiny,",
+    ):
         MiniGPT4.load("huge")
     with pytest.raises(UserError, match="no weights to fetch for preset 'tiny'; expected smol"):
         MiniGPT4.load("tiny", projection=projection_file)
     frozen = make_frozen(tiny_params, tokenizer)
-    monkeypatch.setattr(api, "load_frozen", lambda name, progress=None: (dict(frozen), tokenizer))
+    monkeypatch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
     with pytest.raises(UserError, match="ships no projection for 'tiny'"):
         MiniGPT4.load("tiny")
     with pytest.raises(UserError, match="context is 1024; expected at most 256"):
@@ -423,7 +426,7 @@ def test_a_projection_of_another_model_is_refused(
     tmp_path: Path, tiny_params: Any, tokenizer: Tokenizer, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     frozen = make_frozen(tiny_params, tokenizer)
-    monkeypatch.setattr(api, "load_frozen", lambda name, progress=None: (dict(frozen), tokenizer))
+    monkeypatch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
     other = dataclasses.replace(tiny_config, patches_per_token=2)
     path = tmp_path / "other.safetensors"
     shape = (other.projection_in, other.llama.width)

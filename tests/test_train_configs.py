@@ -76,7 +76,7 @@ def test_prompts_in_a_file_as_the_original_writes_them_are_the_listed_ones(tmp_p
 @pytest.mark.parametrize("name", RUNS)
 def test_published_runs_are_of_the_published_model_in_its_own_words(name: str) -> None:
     config = load(TrainConfig, FOLDER / f"{name}.yaml")
-    preset = get_preset(config.preset)
+    preset = get_preset(Path(config.model).name)  # the folder that its conversion is shown to write
     assert preset.model.qformer is not None
     assert config.data.template == preset.template
     room = preset.model.llama.max_positions - preset.model.num_image_tokens

@@ -31,9 +31,10 @@ from minigpt4_jax.data.prompts import (
     pieces_text,
 )
 from minigpt4_jax.data.tokenizer import Tokenizer
+from minigpt4_jax.model_folder import find_preset
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, make_model
-from minigpt4_jax.presets import Preset, get_preset
+from minigpt4_jax.presets import Preset
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
@@ -74,7 +75,7 @@ def train(
             "data.sources instead of the second). Set them in the YAML or append workdir=RUN data.folder=SET to the "
             "command."
         )
-    preset = get_preset(config.preset)
+    preset = find_preset(config.model)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     tx = make_optimizer(config.optimizer)

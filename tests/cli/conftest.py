@@ -34,7 +34,7 @@ def tiny_weights(tiny_params: Any, cache: Path, monkeypatch: pytest.MonkeyPatch)
     embedding[np.setdiff1d(np.arange(len(embedding)), printable)] = 0
     llama = {**tiny_params["llama"], "embed_tokens": {"embedding": embedding}}
     frozen = {"vit": tiny_params["vit"], "ln_vision": tiny_params["ln_vision"], "llama": llama}
-    monkeypatch.setattr(api, "load_frozen", lambda name, progress=None: (dict(frozen), tokenizer))
+    monkeypatch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
     monkeypatch.setenv("MINIGPT4_CACHE", str(cache))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
@@ -65,7 +65,7 @@ def projection_file(tmp_path: Path, tiny_config: ModelConfig, tiny_params: Any) 
 
 @pytest.fixture
 def options(projection_file: Path) -> list[str]:
-    model = ["--preset", "tiny", "--projection", str(projection_file), "--context", "200"]
+    model = ["--model", "tiny", "--projection", str(projection_file), "--context", "200"]
     return [*model, "--max-new-tokens", "12", "--repetition-penalty", "3"]
 
 
@@ -97,7 +97,7 @@ def train_config(tmp_path: Path) -> Path:
     (folder / "filter_cap.json").write_text(json.dumps(annotations))
     file = tmp_path / "tiny.yaml"
     file.write_text(
-        f"preset: tiny\nworkdir: {tmp_path / 'run'}\ndata:\n  folder: {folder}\n  batch_size: 2\n"
+        f"model: tiny\nworkdir: {tmp_path / 'run'}\ndata:\n  folder: {folder}\n  batch_size: 2\n"
         "optimizer:\n  max_steps: 4\n  warmup_steps: 1\n"
     )
     return file

@@ -35,7 +35,7 @@ def test_a_wrong_projection_is_said_before_the_frozen_parts_are_loaded(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(api, "load_frozen", must_not_load)
-    wrong = ["--preset", "tiny", "--projection", str(SHIPPED)]
+    wrong = ["--model", "tiny", "--projection", str(SHIPPED)]
     assert_one_message(["chat", str(picture), "Hi", *wrong], "projects 6144 -> 576", capsys)
 
 
@@ -74,7 +74,7 @@ def test_an_empty_question_is_one_message(
         (["--top-p", "0.9"], "--top-p would change nothing: the temperature is 0"),
         (["--top-k", "5", "--seed", "1", "--temperature", "0"], "--top-k and --seed would change"),
         (["--image", "no such.png"], "no picture at 'no such.png'"),
-        (["--preset", "huge"], "no preset 'huge'"),
+        (["--model", "huge"], "no model 'huge'"),
         (["--projection", "none.safetensors"], "none.safetensors"),
     ],
 )
@@ -92,5 +92,5 @@ def test_a_preset_without_a_shipped_projection_says_so(
     picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_one_message(
-        ["chat", str(picture), "Hi", "--preset", "tiny"], "ships no projection", capsys
+        ["chat", str(picture), "Hi", "--model", "tiny"], "ships no projection", capsys
     )

@@ -31,7 +31,7 @@ def test_train_makes_a_projection_that_chat_takes(
     assert info is not None
     assert info.licence == "mine"
 
-    arguments = ["--preset", "tiny", "--projection", str(path), "--context", "200"]
+    arguments = ["--model", "tiny", "--projection", str(path), "--context", "200"]
     assert cli.main(["chat", str(picture), "Hi", *arguments, "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
     second = [f"init_projection={path}", f"workdir={tmp_path / 'second'}"]
@@ -70,7 +70,7 @@ def test_print_config_prints_what_would_be_run(
         ("data.folder=nowhere", "Cannot read nowhere"),
         ("data.max_text_len=2", "data.max_text_len"),
         ("init_projection=none.safetensors", "none.safetensors"),
-        ("preset=huge", "no preset 'huge'"),
+        ("model=huge", "no model 'huge'"),
         ("data.template=other", "other"),
     ],
 )
@@ -91,7 +91,7 @@ def test_a_missing_configuration_file_is_one_message(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--config", str(file), "--print-config"]) == 0
-    assert "preset: " in capsys.readouterr().out
+    assert "model: " in capsys.readouterr().out
 
 
 def test_a_full_disk_anywhere_is_one_message(

@@ -20,10 +20,10 @@ import torch
 
 from convert.fetch import cache_folder, fetch_member
 from convert.smol import LANGUAGE, prepare_smol
-from minigpt4_jax.checkpoint import load_params
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.sampling import GREEDY
+from minigpt4_jax.model_folder import ModelFolder
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
@@ -65,7 +65,7 @@ def params() -> Any:
     abstract = abstract_params(CONFIG)
     parts = {name: tree for name, tree in abstract.items() if name != "llama_proj"}
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract["llama_proj"])
-    return {**load_params(prepare_smol() / "params", parts), "llama_proj": blank}
+    return {**ModelFolder(prepare_smol()).load(parts), "llama_proj": blank}
 
 
 @pytest.fixture(scope="module")

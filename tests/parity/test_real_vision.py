@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 
 from convert.fetch import cache_folder, fetch_member
 from convert.smol import VISION, prepare_smol
-from minigpt4_jax.checkpoint import load_params
 from minigpt4_jax.data.images import load_image, preprocess
+from minigpt4_jax.model_folder import ModelFolder
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
@@ -83,7 +83,7 @@ def expected(images: np.ndarray) -> dict[str, np.ndarray]:
 def params() -> Any:
     abstract = abstract_params(CONFIG)
     parts = ("vit", "ln_vision", "llama")
-    return load_params(prepare_smol() / "params", {part: abstract[part] for part in parts})
+    return ModelFolder(prepare_smol()).load({part: abstract[part] for part in parts})
 
 
 def relative_errors(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:

@@ -93,7 +93,7 @@ def make_config(data_folder: Path, feature_cache: Path) -> MakeConfig:
 
 def base_overrides(workdir: Path, data_folder: Path, feature_cache: Path) -> list[str]:
     return [
-        "preset=tiny", f"workdir={workdir}", f"data.folder={data_folder}", f"feature_cache={feature_cache}",
+        "model=tiny", f"workdir={workdir}", f"data.folder={data_folder}", f"feature_cache={feature_cache}",
         "data.batch_size=4", "data.length_multiple=16", "data.prompts=['What is this?', 'Say it.']",
         "optimizer.max_steps=10", "optimizer.warmup_steps=2", "optimizer.init_lr=0.01",
         "save_every=4", "log_every=5", "init_projection=random",

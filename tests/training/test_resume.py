@@ -32,7 +32,7 @@ def drive(
 ) -> subprocess.CompletedProcess[str]:
     spec = workdir.with_suffix(".json")
     overrides = [
-        "preset=tiny", f"workdir={workdir}", f"data.folder={data_folder}", "data.batch_size=5",
+        "model=tiny", f"workdir={workdir}", f"data.folder={data_folder}", "data.batch_size=5",
         "data.prompts=['What is this?', 'Say it.']", "optimizer.max_steps=16", "optimizer.warmup_steps=3",
         "save_every=4", "init_projection=ridge",
     ]  # fmt: skip

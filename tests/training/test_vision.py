@@ -37,7 +37,7 @@ def train(planted: Planted, frozen: dict[str, Any]) -> Train:
 
     def run(workdir: Path, *overrides: str, params: Any = frozen) -> Path:
         settings = [
-            "preset=tiny", f"workdir={workdir}", "init_projection=random", "cache_features=false",
+            "model=tiny", f"workdir={workdir}", "init_projection=random", "cache_features=false",
             f"data.sources.web.path={planted.folder}", "data.sources.web.kind=tar",
             "data.sources.web.caption_processor=blip_caption", "data.max_corrupt_share=0.5",
             f"data.batch_size={BATCH}", "data.length_multiple=32", "optimizer.init_lr=0.01",
@@ -101,9 +101,9 @@ def test_pixels_give_the_losses_of_the_cache_up_to_its_float16(
 ) -> None:
     (name,) = (name for name, preset in PRESETS.items() if preset.model == any_config)
     params = {part: tree for part, tree in any_params.items() if part != "llama_proj"}
-    pixels = losses(train(tmp_path / "pixels", f"preset={name}", params=params))
+    pixels = losses(train(tmp_path / "pixels", f"model={name}", params=params))
     cached = losses(
-        train(tmp_path / "cached", f"preset={name}", "cache_features=true", params=params)
+        train(tmp_path / "cached", f"model={name}", "cache_features=true", params=params)
     )
     assert [step for step, _ in pixels] == [step for step, _ in cached]
     # Features are rounded to 11 bits, and the run adds the differences up.

@@ -53,6 +53,6 @@ PHOTO = Image.new("RGB", (4, 2), RED)
 PICTURE = write("p.png", encoded(PHOTO, "PNG"))
 
 YAML = (
-    "preset: tiny\nworkdir: run\ndata:\n  folder: set\n  batch_size: 2\n"
+    "model: tiny\nworkdir: run\ndata:\n  folder: set\n  batch_size: 2\n"
     "optimizer:\n  max_steps: 4\n  warmup_steps: 1\n"
 )

@@ -59,5 +59,5 @@ SETTINGS = (
         says="cannot be read as YAML",
     ),
     settings("no training set", "nowhere", "data.folder=nowhere", patch=tiny_model),
-    settings("an unknown preset", "no preset 'huge'", "preset=huge"),
+    settings("an unknown preset", "no model 'huge'", "model=huge"),
 )

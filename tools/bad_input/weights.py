@@ -30,7 +30,7 @@ def tiny_model() -> None:
     abstract = abstract_params(get_preset("tiny").model)
     frozen = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     frozen.pop("llama_proj")
-    api.load_frozen = lambda name, progress=None: (dict(frozen), byte_tokenizer())
+    api.load_frozen = lambda name, **_: (dict(frozen), byte_tokenizer())
 
 
 def projection(width: int, *, flipped: bool = False) -> Callable[[], None]:

@@ -69,11 +69,6 @@ def _open_zip(path: Path, data: mmap.mmap) -> PthFile:
     if len(pickles) != 1:
         _fail(path, f"the archive has {len(pickles)} records of the name TOP/data.pkl")
     top = pickles[0].removesuffix(b"data.pkl")
-    if top + b"constants.pkl" in records:
-        raise UserError(
-            f"{path} is a TorchScript archive: a program with its weights. Expected weights alone; save the module's "
-            "state_dict() with torch."
-        )
     first, size = records.get(top + b"byteorder", (0, 0))
     order = data[first : first + min(size, 16)] or b"little"  # before 2.1 it is not written
     if order not in (b"little", b"big"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import struct
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from minigpt4_jax.config import UserError
 
@@ -42,6 +42,17 @@ def zip_records(data: mmap.mmap, path: Path) -> dict[bytes, tuple[int, int]]:
     return _Directory(data, path).records()
 
 
+class _Entry(NamedTuple):
+    """What the directory says of a record."""
+
+    name: bytes
+    flags: int
+    method: int
+    packed: int
+    size: int
+    offset: int
+
+
 class _Directory:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path = data, path
@@ -54,31 +65,42 @@ class _Directory:
 
     def records(self) -> dict[bytes, tuple[int, int]]:
         count, first, stop = self._bounds()
+        entries: dict[bytes, _Entry] = {}
         at = first
-        found: dict[bytes, tuple[int, int]] = {}
-        starts: list[tuple[int, int]] = []
         for _ in range(count):
-            if at + CENTRAL.size > stop:
-                self.fail("its directory is cut off")
-            head = CENTRAL.unpack_from(self._data, at)
-            flags, method, packed, size = head[3], head[4], head[8], head[9]
-            name_size, extra_size, comment_size, offset = head[10], head[11], head[12], head[16]
-            name_at, extra_at = at + CENTRAL.size, at + CENTRAL.size + name_size
-            at = extra_at + extra_size + comment_size
-            if head[0] != b"PK\1\2" or at > stop:
-                self.fail("its directory is damaged")
-            name = self._data[name_at:extra_at]
-            extra = self._data[extra_at : extra_at + extra_size]
-            size, packed, offset = self._long_fields(extra, size, packed, offset)
-            self._require_stored(name, flags=flags, method=method, same_size=packed == size)
-            if name in found:
-                self.fail(f"it has two records of the name {_shown(name)}")
-            found[name] = (self._first_byte(name, offset), size)
-            starts.append((offset, found[name][0] + size))
+            entry, at = self._entry(at, stop)
+            if entry.name in entries:
+                self.fail(f"it has two records of the name {_shown(entry.name)}")
+            entries[entry.name] = entry
         if at != stop:
             self.fail("its directory is longer than it says")
-        self._require_apart(starts, first)
+        if any(name.endswith(b"/constants.pkl") for name in entries):
+            raise UserError(
+                f"{self._path} is a TorchScript archive: a program with its weights. Expected weights alone; save the "
+                "module's state_dict() with torch."
+            )
+        found = {name: (self._first_byte(entry), entry.size) for name, entry in entries.items()}
+        runs = sorted((entry.offset, sum(found[name])) for name, entry in entries.items())
+        for (_, stop), (start, _) in zip(runs, [*runs[1:], (first, 0)], strict=True):
+            if stop > start:
+                self.fail("its records overlap")
         return found
+
+    def _entry(self, at: int, stop: int) -> tuple[_Entry, int]:
+        """The entry of the directory at a position, and the position behind it."""
+        if at + CENTRAL.size > stop:
+            self.fail("its directory is cut off")
+        head = CENTRAL.unpack_from(self._data, at)
+        flags, method, packed, size, offset = head[3], head[4], head[8], head[9], head[16]
+        name_at = at + CENTRAL.size
+        extra_at = name_at + head[10]
+        after = extra_at + head[11] + head[12]
+        if head[0] != b"PK\1\2" or after > stop:
+            self.fail("its directory is damaged")
+        extra = self._data[extra_at : extra_at + head[11]]
+        size, packed, offset = self._long_fields(extra, size, packed, offset)
+        name = self._data[name_at:extra_at]
+        return _Entry(name, flags, method, packed, size, offset), after
 
     def _bounds(self) -> tuple[int, int, int]:
         """Number of records; first byte of the directory and the one behind it."""
@@ -124,30 +146,21 @@ class _Directory:
             self.fail("a record of more than 4 GB has no zip64 field")
         return fields[0], fields[1], fields[2]
 
-    def _require_stored(self, name: bytes, *, flags: int, method: int, same_size: bool) -> None:
-        if flags & ENCRYPTED:
-            self.fail(f"its record {_shown(name)} is encrypted")
-        if method != 0 or not same_size:
+    def _first_byte(self, entry: _Entry) -> int:
+        if entry.offset + LOCAL.size > len(self._data):
+            self.fail(f"its record {_shown(entry.name)} lies behind its end")
+        head = LOCAL.unpack_from(self._data, entry.offset)
+        name_at = entry.offset + LOCAL.size
+        if head[0] != START or self._data[name_at : name_at + head[9]] != entry.name:
+            self.fail(f"its record {_shown(entry.name)} is not where the directory says")
+        if (entry.flags | head[2]) & ENCRYPTED:
+            self.fail(f"its record {_shown(entry.name)} is encrypted")
+        if entry.method or head[3] or entry.packed != entry.size:
             self.fail(
-                f"its record {_shown(name)} is compressed; torch.save never does that, so it was packed again: unpack "
-                "it and use the file inside"
+                f"its record {_shown(entry.name)} is compressed; torch.save never does that, so it was packed again: "
+                "unpack it and use the file inside"
             )
-
-    def _first_byte(self, name: bytes, offset: int) -> int:
-        if offset + LOCAL.size > len(self._data):
-            self.fail(f"its record {_shown(name)} lies behind its end")
-        head = LOCAL.unpack_from(self._data, offset)
-        name_at = offset + LOCAL.size
-        if head[0] != START or self._data[name_at : name_at + head[9]] != name:
-            self.fail(f"its record {_shown(name)} is not where the directory says")
-        self._require_stored(name, flags=head[2], method=head[3], same_size=True)
         return int(name_at + head[9] + head[10])
-
-    def _require_apart(self, starts: list[tuple[int, int]], directory: int) -> None:
-        starts.sort()
-        for (_, stop), (start, _) in zip(starts, [*starts[1:], (directory, 0)], strict=True):
-            if stop > start:
-                self.fail("its records overlap")
 
 
 def _shown(name: bytes) -> str:

@@ -99,6 +99,8 @@ def write_zip64(path: Path, value: bytes, storages: Mapping[str, bytes | int]) -
             at, size = file.tell(), content if isinstance(content, int) else len(content)
             check = 0 if isinstance(content, int) else zlib.crc32(content)
             field = struct.pack("<2H2Q", 1, 16, size, size)
+            room = -(at + 30 + len(label) + len(field) + 4) % 64  # aligned, as torch's are
+            field += struct.pack("<2H", 0x4246, room) + bytes(room)
             file.write(
                 struct.pack(
                     "<4s5H3L2H",

@@ -259,7 +259,7 @@ WEIGHTS = (
     weights(
         "a pickle that runs code",
         ("python -m convert", "projection", "p.pth", "--out", "o.safetensors"),
-        "p.pth",
+        "asks for the Python object os.system.*Nothing in it was executed",
         write("p.pth", b"cos\nsystem\n(S'touch owned'\ntR."),
     ),
     weights(

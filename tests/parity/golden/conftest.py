@@ -13,8 +13,8 @@ way in and out, `test_golden_true_tokenizer.py` the same with LLaMA's real vocab
 
 Nothing about a set is written down here but the layout of its files: sizes, eps, cases, texts and special ids are read
 from its reports and arrays. A case that a set does not hold is not collected; a folder that holds none is a failure.
-Needs the `parity` extra: the original's `.pth` files are read with torch. Not for: the original's code (it is not
-here; sets are made elsewhere) and beams, the Q-Former, MiniGPT-v2's chat (they come with their features).
+Needs the `parity` extra (sentencepiece), not torch. Not for: the original's code (it is not here; sets are made
+elsewhere) and beams, the Q-Former, MiniGPT-v2's chat (they come with their features).
 """
 
 from __future__ import annotations

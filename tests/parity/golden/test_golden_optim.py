@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from convert.projection import read_projection
+from convert.pth_files import open_pth
 from convert.sources import open_source
 from minigpt4_jax.config import OptimizerConfig
 from minigpt4_jax.data import batches
@@ -260,11 +261,9 @@ def test_golden_run_of_projection_and_lora(golden: Any, v2_run_case: str) -> Non
 def test_golden_checkpoint_of_the_trainer_starts_a_run(
     golden: Any, trainer_checkpoint: str
 ) -> None:
-    import torch
-
     path = golden.folder / "optim" / trainer_checkpoint
-    saved = torch.load(path, weights_only=True)
-    width, width_in = saved["model"]["llama_proj.weight"].shape
+    saved = open_source(path)
+    width, width_in = saved.shape("llama_proj.weight")
     model, _ = golden.llama("llama_mha")
     vit = dataclasses.replace(model.vit, width=width_in, num_heads=1)
     config = dataclasses.replace(model, vit=vit, patches_per_token=1)
@@ -272,10 +271,11 @@ def test_golden_checkpoint_of_the_trainer_starts_a_run(
     projection, _ = read_projection(path, config)
     found = {"llama_proj.weight": projection["kernel"].T, "llama_proj.bias": projection["bias"]}
     for name, value in found.items():
-        np.testing.assert_array_equal(value, saved["model"][name].numpy())
+        np.testing.assert_array_equal(value, saved.get(name))
     # It is the end of the run with its settings, if the set holds that one.
     runs = golden.report("optim/trajectories.json")
-    ends = [name for name, facts in runs.items() if facts["run_cfg"] == saved["config"]["run"]]
+    settings = open_pth(path).value["config"]["run"]
+    ends = [name for name, facts in runs.items() if facts["run_cfg"] == settings]
     for name in ends:
         final = Run(golden, name).weights("final")
         assert all((final[key] == value).all() for key, value in found.items())

@@ -1,4 +1,7 @@
-"""The tokenizer built from GGUF metadata splits, joins and returns text as the model's own does."""
+"""A tokenizer is found, fits its language model and is written whole; byte-level ones of GGUF files split as their own.
+
+What is particular to LLaMA's vocabularies is tested in test_llama_tokenizer.py.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ import pytest
 import tokenizers
 
 from convert.sources import GgufSource
-from convert.tokenizer import make_tokenizer, save_tokenizer
+from convert.tokenizer import convert_tokenizer, make_tokenizer, read_ids, save_tokenizer
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.tokenizer import load_tokenizer
+from tests.tiny_tokenizer import tiny_pieces, write_model
 
 TEXTS = [
     "",
@@ -102,3 +106,161 @@ def test_tokenizer_of_another_kind_is_refused(
         changes = changes | {"tokenizer.ggml.merges": []}
     with pytest.raises(UserError, match=message):
         make_tokenizer(metadata | changes)
+
+
+# --- convert_tokenizer ------------------------------------------------------------------------------------------------
+
+SIZE = len(tiny_pieces())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A language model's folder as people have it: a tokenizer.model, and what Hugging Face puts beside it."""
+    folder = tmp_path / "llm"
+    write_model(folder / "tokenizer.model")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    marks = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(marks))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**marks, "pad_token": None}))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_becomes_a_tokenizer_with_its_roles_and_a_copy_of_its_source(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = convert_tokenizer(folder, out, vocab_size=SIZE)
+    assert result.source == folder / "tokenizer.model"
+    assert result.notes == ()
+    assert result.vocab_size == SIZE
+    assert sorted(result.files) == sorted(path.name for path in out.iterdir())
+    assert (out / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    words = load_tokenizer(out)
+    assert (words.bos_id, words.eos_id) == (1, 2)
+    assert words.decode([words.pad_id]) == "$$"
+    assert read_ids(out) == (SIZE, {"bos_token_id": 1, "eos_token_id": 2})
+
+
+def test_every_way_to_name_the_tokenizer_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
+    meta = tmp_path / "7B"  # Meta's layout: the tokenizer lies above the folder of each size
+    meta.mkdir()
+    (meta / "params.json").write_text("{}")
+    write_model(tmp_path / "tokenizer.model")
+    sources = [folder, folder / "tokenizer.model", folder / "model.safetensors", meta]
+    outs = [tmp_path / f"out{i}" for i in range(len(sources))]
+    for source, out in zip(sources, outs, strict=True):
+        convert_tokenizer(source, out)
+    assert all(contents(out) == contents(outs[0]) for out in outs)
+
+
+def test_a_tokenizer_model_comes_before_a_tokenizer_json_and_it_is_said(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    result = convert_tokenizer(folder, tmp_path / "out")
+    assert len(result.notes) == 1
+    assert "the tokenizer.json beside it was not" in result.notes[0]
+
+
+def test_a_folder_with_a_tokenizer_json_alone_gives_the_same_tokenizer(
+    folder: Path, tmp_path: Path
+) -> None:
+    convert_tokenizer(folder, tmp_path / "first")
+    (tmp_path / "first" / "tokenizer.model").unlink()
+    result = convert_tokenizer(tmp_path / "first", tmp_path / "second", vocab_size=SIZE)
+    assert "There is no tokenizer.model" in result.notes[0]
+    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+
+
+def test_one_row_more_than_pieces_is_the_padding_token_of_vicuna_v0(
+    folder: Path, tmp_path: Path
+) -> None:
+    result = convert_tokenizer(folder, tmp_path / "guessed", vocab_size=SIZE + 1)
+    assert "[PAD]" in " ".join(result.notes)
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": SIZE}))
+    convert_tokenizer(folder, tmp_path / "stated", vocab_size=SIZE + 1)
+    for out in ("guessed", "stated"):
+        words = load_tokenizer(tmp_path / out)
+        assert words.vocab_size == SIZE + 1
+        assert words.special("[PAD]") == SIZE
+        assert words.decode([SIZE]) == ""
+        assert SIZE not in words.encode("[PAD]")
+    assert contents(tmp_path / "guessed") == contents(tmp_path / "stated")
+
+
+@pytest.mark.parametrize("rows", [SIZE - 1, SIZE + 2, 32_000])
+def test_a_tokenizer_of_another_size_is_refused(folder: Path, tmp_path: Path, rows: int) -> None:
+    with pytest.raises(UserError, match=f"has {SIZE} tokens, the language model has {rows} rows"):
+        convert_tokenizer(folder, tmp_path / "out", vocab_size=rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_added_token_without_a_row_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": SIZE}))
+    with pytest.raises(UserError, match=f"has {SIZE + 1} tokens, the language model has {SIZE}"):
+        convert_tokenizer(folder, tmp_path / "out", vocab_size=SIZE)
+
+
+@pytest.mark.parametrize("added", [{"[PAD]": SIZE + 1}, {"<s>": 5}, {"[PAD]": 7}])
+def test_added_tokens_of_another_vocabulary_are_refused(
+    folder: Path, tmp_path: Path, added: dict[str, int]
+) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(UserError, match="does not go on from"):
+        convert_tokenizer(folder, tmp_path / "out")
+
+
+def test_control_tokens_of_another_model_beside_it_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    empty = {"bos_token": "", "eos_token": "", "unk_token": ""}  # early folders of LLaMA
+    (folder / "special_tokens_map.json").write_text(json.dumps(empty))
+    convert_tokenizer(folder, tmp_path / "early")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    with pytest.raises(UserError, match=r"eos_token is said to be '<\|im_end\|>'; expected '</s>'"):
+        convert_tokenizer(folder, tmp_path / "out")
+
+
+def test_gguf_files_of_both_kinds_are_converted(
+    tmp_path: Path, gguf_arrays: dict[str, np.ndarray], write_gguf: Callable[..., Path]
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", gguf_arrays)
+    result = convert_tokenizer(file, tmp_path / "out", vocab_size=384)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(result.files)
+    assert load_tokenizer(tmp_path / "out").special("<|im_end|>") == 2
+    with pytest.raises(UserError, match="has 384 tokens"):
+        convert_tokenizer(file, tmp_path / "other", vocab_size=385)
+
+
+def test_a_byte_level_tokenizer_json_is_copied_as_it_is(
+    tmp_path: Path, metadata: dict[str, Any]
+) -> None:
+    save_tokenizer(tmp_path / "smol", metadata)
+    convert_tokenizer(tmp_path / "smol", tmp_path / "out", vocab_size=384)
+    first, second = contents(tmp_path / "smol"), contents(tmp_path / "out")
+    assert first["tokenizer.json"] == second["tokenizer.json"]
+    assert load_tokenizer(tmp_path / "out").eos_id == 2
+
+
+def test_a_missing_or_unknown_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "llm").mkdir()
+    write_model(tmp_path / "tokenizer.model")  # above, but not of Meta's layout: another model's
+    with pytest.raises(UserError, match=r"looked for .*llm/tokenizer\.model, .*tokenizer\.json\. "):
+        convert_tokenizer(tmp_path / "llm", tmp_path / "out")
+    (tmp_path / "llm" / "tokenizer.txt").write_text("")
+    with pytest.raises(UserError, match=r"ends in '\.txt'"):
+        convert_tokenizer(tmp_path / "llm" / "tokenizer.txt", tmp_path / "out")
+    (tmp_path / "llm" / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(UserError, match="cannot be read"):
+        convert_tokenizer(tmp_path / "llm", tmp_path / "out")
+
+
+def test_ids_of_a_folder_without_roles_are_not_guessed(folder: Path, tmp_path: Path) -> None:
+    convert_tokenizer(folder, tmp_path / "out")
+    (tmp_path / "out" / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    with pytest.raises(UserError, match="the eos_token is None"):
+        read_ids(tmp_path / "out")

@@ -1,7 +1,8 @@
 """The legend of dimension letters, and the array aliases that share them. Nothing here computes.
 
 B batch, T image tokens of one picture, S sequence or cache slots, D width, F mlp width, N query heads, K key/value
-heads, H head dim, V vocabulary, L layers, I images, P patches (class token included where said), C vision channels.
+heads, H head dim, V vocabulary, L layers, I images, P patches (class token included where said), C vision channels,
+W beams of a row, A ids of an answer.
 """
 
 from jax import Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import subprocess
@@ -229,6 +230,16 @@ def test_a_seed_draws_the_same_answer_again(
     assert len({answer(*hot, "--seed", "7"), answer(*hot, "--seed", "8"), answer()}) == 3
 
 
+def test_beams_search_for_the_answer(
+    picture: Path, options: list[str], chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beams = ["--beams", "3", "--length-penalty", "0.5"]
+    assert cli.main(["chat", str(picture), "What is this?", *options, *beams]) == 0
+    found = capsys.readouterr().out
+    chat._generation = dataclasses.replace(chat._generation, num_beams=3, length_penalty=0.5)
+    assert found == chat.ask("What is this?") + "\n"
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     picture: Path,
     options: list[str],
@@ -351,6 +362,9 @@ def test_an_empty_question_is_one_message(
         (["--temperature", "1", "--seed", "-1"], "seed is -1; expected a whole number from 0"),
         (["--top-p", "0.9"], "--top-p would change nothing: the temperature is 0"),
         (["--top-k", "5", "--seed", "1", "--temperature", "0"], "--top-k and --seed would change"),
+        (["--beams", "0"], "num_beams is 0; expected at least 1"),
+        (["--beams", "2", "--temperature", "1"], "num_beams is 2 and temperature is 1.0; expected"),
+        (["--length-penalty", "2"], "--length-penalty would change nothing: only beams"),
         (["--image", "no such.png"], "no picture at 'no such.png'"),
         (["--preset", "huge"], "no preset 'huge'"),
         (["--projection", "none.safetensors"], "none.safetensors"),

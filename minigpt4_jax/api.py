@@ -132,17 +132,45 @@ class MiniGPT4:
         for chat, question, rows in zip(chats, questions, embeds, strict=True):
             chat.add_image(rows)
             prompts.append(chat.ask(question, room=config.max_new_tokens))
-        answers = self._engine.generate(
-            prompts,
-            list(embeds),
-            max_new_tokens=config.max_new_tokens,
-            stop_tokens=chats[0].stop_ids,
-            sampling=_sampling(config, [pick_seed(config) for _ in questions]),
-            written=chats[0].written_ids,
-        )
+        shown, first = list(embeds), chats[0]
+        if config.num_beams > 1:
+            answers = self._search(prompts, shown, first, config, config.max_new_tokens)
+        else:
+            answers = self._engine.generate(
+                prompts,
+                shown,
+                max_new_tokens=config.max_new_tokens,
+                stop_tokens=first.stop_ids,
+                sampling=_sampling(config, [pick_seed(config) for _ in questions]),
+                written=first.written_ids,
+            )
         return [
             chat.add_answer(_read(chat, ids), ids) for chat, ids in zip(chats, answers, strict=True)
         ]
+
+    def _search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
+        chat: Conversation[Any],
+        config: GenerationConfig,
+        max_new_tokens: int,
+    ) -> list[list[int]]:
+        """The best answer to each prompt that beams find; `chat` says what ends an answer and counts as written.
+
+        As in the original a stop string ends no beam: the text behind it is cut off afterwards.
+        """
+        found = self._engine.beam_search(
+            prompts,
+            image_embeds,
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            repetition_penalty=config.repetition_penalty,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=chat.stop_ids,
+            written=chat.written_ids,
+        )
+        return [hypotheses[0].ids for hypotheses in found]
 
     def _conversation(self) -> Conversation[Float[np.ndarray, "T D"]]:
         return Conversation(
@@ -185,7 +213,7 @@ class Chat:
         return self.last_answer
 
     def stream(self, question: str) -> Iterator[str]:
-        """Asks and yields the answer in pieces of text as it is written.
+        """Asks and yields the answer in pieces of text as it is written; with beams in one piece, when it is found.
 
         What was written so far enters the history also when the caller stops early (closes the iterator, or Ctrl-C).
 
@@ -193,32 +221,43 @@ class Chat:
             ContextFull: the question does not fit; nothing was added to the conversation.
         """
         prompt = self._conversation.ask(question)
-        engine, limit = self._model._engine, self._conversation.room
-        pictures = self._conversation.pictures
         answer = self._conversation.answer_stream()
-        ids = engine.stream(
-            prompt,
-            np.concatenate(pictures) if pictures else None,
-            max_new_tokens=min(self._generation.max_new_tokens, limit),
-            stop_tokens=self._conversation.stop_ids,
-            sampling=_sampling(self._generation, [self.seed]),
-            written=self._conversation.written_ids,
-        )
+        whole = self._generation.num_beams > 1
         self.finish_reason = "cancelled"
         try:
-            for token in ids:
+            for token in self._write(prompt):
                 piece = answer.feed(token)
-                if piece:
+                if piece and not whole:
                     yield piece
                 if answer.stopped:
                     break
             reason: Literal["stop", "length"] = "stop" if answer.stopped else "length"
             rest = answer.finish()
+            if whole:
+                rest = answer.text
             if rest:
                 yield rest
             self.finish_reason = reason
         finally:
             self.last_answer = self._conversation.add_answer(answer.text, answer.ids)
+
+    def _write(self, prompt: Sequence[int]) -> Iterator[int]:
+        """The ids of the answer to the last question."""
+        chat, config = self._conversation, self._generation
+        shown = np.concatenate(chat.pictures) if chat.pictures else None
+        limit = min(config.max_new_tokens, chat.room)
+        if config.num_beams > 1:
+            (ids,) = self._model._search([prompt], [shown], chat, config, limit)
+            yield from ids
+            return
+        yield from self._model._engine.stream(
+            prompt,
+            shown,
+            max_new_tokens=limit,
+            stop_tokens=chat.stop_ids,
+            sampling=_sampling(config, [self.seed]),
+            written=chat.written_ids,
+        )
 
 
 def _read(chat: Conversation[Any], ids: Sequence[int]) -> str:

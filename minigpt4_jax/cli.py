@@ -80,8 +80,7 @@ def _add_chat(commands: Any) -> None:
         "Without these, as the preset does: smol takes the likeliest word.",
     )
     for name, (kind, metavar, explanation) in GENERATION_OPTIONS.items():
-        flag = f"--{name.replace('_', '-')}"
-        answers.add_argument(flag, type=kind, metavar=metavar, help=explanation)
+        answers.add_argument(_flag(name), dest=name, type=kind, metavar=metavar, help=explanation)
     chat.set_defaults(run=_chat)
 
 
@@ -95,9 +94,19 @@ GENERATION_OPTIONS: dict[str, tuple[type, str, str]] = {
         "R",
         "above 1, words already written become less likely; 1 is off",
     ),
+    "num_beams": (
+        int,
+        "N",
+        "search with N beams and give the most probable answer found; 1 is off",
+    ),
+    "length_penalty": (float, "X", "with beams: above 0 long answers gain, below 0 short ones"),
     "seed": (int, "S", "draw the same answers again"),
 }
 """The fields of `GenerationConfig`, as options."""
+
+
+def _flag(name: str) -> str:
+    return "--beams" if name == "num_beams" else f"--{name.replace('_', '-')}"
 
 
 def _generation(args: argparse.Namespace) -> GenerationConfig:
@@ -108,7 +117,11 @@ def _generation(args: argparse.Namespace) -> GenerationConfig:
         name: value for name in GENERATION_OPTIONS if (value := getattr(args, name)) is not None
     }
     generation = dataclasses.replace(find_preset(args.model).generation, **typed)
-    idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if name in typed]
+    if "length_penalty" in typed and generation.num_beams == 1:
+        raise UserError(
+            "--length-penalty would change nothing: only beams compare answers by it. Expected --beams above 1 with it."
+        )
+    idle = [_flag(name) for name in ("top_k", "top_p", "seed") if name in typed]
     if idle and generation.temperature == 0:
         raise UserError(
             f"{' and '.join(idle)} would change nothing: the temperature is 0, which always takes the likeliest word. "

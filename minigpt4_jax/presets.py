@@ -26,8 +26,9 @@ MAX_SEED = 2**32 - 1
 class GenerationConfig:
     """How answers are written; as it stands greedy and short, which is what `smol` does.
 
-    Raises `UserError` for a number outside its range. Changing a number never compiles anything; going from greedy to
-    drawn answers does, once.
+    Raises `UserError` for a number outside its range and for beams with a temperature: beams never draw (the original's
+    demo does both at once, transformers' beam sampling). Changing a number never compiles anything, but for the number
+    of beams; going from greedy to drawn answers does, once.
     """
 
     max_new_tokens: int = 128
@@ -40,6 +41,10 @@ class GenerationConfig:
     """Draws only from the likeliest tokens that together reach this probability; 1 is off."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that the answer already has become less likely; 1 is off."""
+    num_beams: int = 1
+    """Above 1 searches for the most probable answers with so many beams, and gives the best; it then comes whole."""
+    length_penalty: float = 1.0
+    """With beams: above 0 long answers gain, below 0 short ones; 0 compares the sums of log-probabilities."""
     seed: int | None = None
     """The same seed and conversation give the same answer; None takes a new one for each conversation."""
 
@@ -58,6 +63,8 @@ class GenerationConfig:
                 self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
                 "a number above 0 (1.0 is off)",
             ),
+            ("num_beams", _is_whole(self.num_beams, 1), "at least 1 (1 is off)"),
+            ("length_penalty", math.isfinite(self.length_penalty), "a number"),
             (
                 "seed",
                 self.seed is None or _is_whole(self.seed, 0, MAX_SEED),
@@ -67,6 +74,11 @@ class GenerationConfig:
         for name, holds, expected in checks:
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}; expected {expected}.")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise UserError(
+                f"num_beams is {self.num_beams} and temperature is {self.temperature}; expected temperature 0 with "
+                "beams (they search, and draw nothing), or num_beams 1 for drawn answers."
+            )
 
 
 def _is_whole(value: object, least: int, most: int = 2**31 - 1) -> bool:

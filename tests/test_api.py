@@ -22,6 +22,7 @@ from minigpt4_jax import Chat, GenerationConfig, MiniGPT4, UserError, api
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from minigpt4_jax.conversation import ContextFull
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from minigpt4_jax.generation.engine import Hypothesis
 
 CONTEXT = 200
 # The model has more rows than the tokenizer has ids; a draw from this many of the likeliest stays among the printable.
@@ -321,6 +322,70 @@ def test_drawn_answers_are_those_of_their_seed_alone_and_together(
     )
 
 
+# --- beams ---
+
+BEAMS = dataclasses.replace(SHORT, num_beams=3)
+
+
+def test_beams_find_an_answer_that_is_likelier_than_the_greedy_one(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    greedy, searched = start(model, pictures[0]), model.start_chat(BEAMS)
+    searched.add_image(pictures[0])
+    assert searched.ask("What is this?") != greedy.ask("What is this?")
+    assert searched.finish_reason == "length"
+    # It stays in view for the next question, as every answer does.
+    assert searched.last_answer in searched._conversation.text()
+    assert searched.ask("Why?") != ""
+
+
+def test_answers_searched_together_are_the_answers_searched_alone(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    questions = ["What is this?", "Why?", "Is it a rather large or a small one, would you say?"]
+    alone = []
+    for picture, question in zip(pictures, questions, strict=True):
+        chat = model.start_chat(BEAMS)
+        chat.add_image(picture)
+        (whole,) = chat.stream(question)  # one piece
+        assert whole == chat.last_answer
+        alone.append(whole)
+    assert model.generate(pictures, questions, generation=BEAMS) == alone
+
+
+def test_one_beam_is_greedy(model: MiniGPT4, pictures: Any) -> None:
+    one = dataclasses.replace(SHORT, num_beams=1, length_penalty=5.0)
+    chat = start(model, pictures[0])
+    assert model.generate(pictures[:1], ["What?"], generation=one) == [chat.ask("What?")]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_the_best_answer_of_a_search_is_given_and_settings_reach_it(
+    batch: bool, model: MiniGPT4, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    asked: list[dict[str, Any]] = []
+    end = tokenizer.special("<|im_end|>")
+
+    def note(prompts: Any, embeds: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        return [[([*tokenizer.encode(" A cat."), end], -0.1), (tokenizer.encode("A dog"), -0.2)]]
+
+    monkeypatch.setattr(
+        model._engine, "beam_search", lambda *a, **k: [[Hypothesis(*h) for h in r] for r in note(*a, **k)]
+    )  # fmt: skip
+    settings = dataclasses.replace(BEAMS, length_penalty=0.5)
+    chat = model.start_chat(settings)
+    if batch:
+        assert model.generate(pictures[:1], ["What?"], generation=settings) == ["A cat."]
+    else:
+        assert list(chat.stream("What?")) == ["A cat."]
+        assert chat.finish_reason == "stop"
+    stops = (end, tokenizer.special("<|endoftext|>"))
+    expected = {"num_beams": 3, "length_penalty": 0.5, "repetition_penalty": 3.0}
+    expected |= {"max_new_tokens": 12, "stop_tokens": stops, "written": ()}
+    assert asked == [expected]
+
+
 def test_without_a_seed_every_conversation_and_row_has_its_own(
     model: MiniGPT4, pictures: Any
 ) -> None:
@@ -407,7 +472,7 @@ def test_loading_says_what_is_wrong(
 ) -> None:
     with pytest.raises(
         UserError,
-        match="no model 'huge': no folder of that name, and no preset. Expected one of llama2-7b, smol, tiny,",
+        match=r"no model 'huge': .*Expected one of llama2-7b, smol, tiny,",
     ):
         MiniGPT4.load("huge")
     with pytest.raises(UserError, match="no weights to fetch for preset 'tiny'; expected smol"):

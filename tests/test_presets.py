@@ -35,6 +35,9 @@ from minigpt4_jax.presets import (
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a number above 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
         ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
+        ({"num_beams": 0}, r"num_beams is 0; expected at least 1 \(1 is off\)"),
+        ({"length_penalty": math.inf}, "length_penalty is inf; expected a number"),
+        ({"num_beams": 3, "temperature": 0.5}, "num_beams is 3 and temperature is 0.5; expected temperature 0 with"),
         ({"seed": -1}, "seed is -1; expected a whole number from 0 to 4294967295, or none"),
         ({"seed": 2**32}, "seed is 4294967296"),
     ],
@@ -49,6 +52,8 @@ def test_the_ends_of_every_range_are_settings() -> None:
         {"max_new_tokens": 1, "temperature": 0.01, "top_k": 1, "top_p": 1e-6, "seed": 0},
         {"temperature": 100.0, "top_k": 2**31 - 1, "top_p": 1.0, "seed": MAX_SEED},
         {"repetition_penalty": 0.5},
+        {"num_beams": 10, "length_penalty": -1.0},
+        {"num_beams": 1, "temperature": 1.0},
     )
     for settings in ends:
         GenerationConfig(**settings)
@@ -56,10 +61,17 @@ def test_the_ends_of_every_range_are_settings() -> None:
 
 def test_smol_is_greedy_and_the_published_models_answer_as_in_the_original() -> None:
     assert get_preset("smol").generation == GenerationConfig(
-        max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=None
+        max_new_tokens=128,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        seed=None,
+        num_beams=1,
+        length_penalty=1.0,
     )
     original = {"max_new_tokens": 300, "temperature": 1.0, "top_k": 50, "top_p": 0.9}
-    original |= {"repetition_penalty": 1.05, "seed": None}
+    original |= {"repetition_penalty": 1.05, "seed": None, "num_beams": 1, "length_penalty": 1.0}
     assert dataclasses.asdict(ORIGINAL_GENERATION) == original
     assert all(get_preset(name).generation == ORIGINAL_GENERATION for name in PUBLISHED)
 

@@ -54,6 +54,20 @@ def prefill(
     Returns:
         The state after the first token, and the logits it was chosen from (before the penalty).
     """
+    logits, caches = read_prompts(params, caches, token_ids, image_embeds, lengths, model=model)
+    return _advance(logits, lengths, seen, caches, sampling), logits
+
+
+def read_prompts(
+    params: Params,
+    caches: KVCache,
+    token_ids: Int[Array, "B S"],
+    image_embeds: Float[Array, "B R D"],
+    lengths: Int[Array, " B"],
+    *,
+    model: MiniGPT4,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """The half of `prefill` that runs the model: logits of the first token of each answer, and the filled caches."""
     embeds = apply_method(model, params, "embed_prompt", token_ids, image_embeds)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1])[None], token_ids.shape)
     hidden, caches, _ = apply_method(
@@ -66,8 +80,7 @@ def prefill(
         caches=caches,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = apply_method(model, params, "head", last)
-    return _advance(logits, lengths, seen, caches, sampling), logits
+    return apply_method(model, params, "head", last), caches
 
 
 def decode_step(
@@ -82,19 +95,34 @@ def decode_step(
 
     `num_slots` is how much of the caches is read, more than any position of the step; None reads all of them.
     """
-    embeds = apply_method(model, params, "embed_prompt", state.token[:, None], None)
-    positions = state.position[:, None]
+    logits, caches = read_tokens(
+        params, state.caches, state.token, state.position, model=model, num_slots=num_slots
+    )
+    return _advance(logits, state.position + 1, state.seen, caches, sampling), logits
+
+
+def read_tokens(
+    params: Params,
+    caches: KVCache,
+    token: Int[Array, " B"],
+    position: Int[Array, " B"],
+    *,
+    model: MiniGPT4,
+    num_slots: int | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """The half of `decode_step` that runs the model: feeds one token per row, where `position` says it stands."""
+    embeds = apply_method(model, params, "embed_prompt", token[:, None], None)
+    positions = position[:, None]
     hidden, caches, _ = apply_method(
         model,
         params,
         "decode",
         embeds,
         positions=positions,
-        mask=make_cache_mask(positions, num_slots or state.caches[0].num_slots),
-        caches=state.caches,
+        mask=make_cache_mask(positions, num_slots or caches[0].num_slots),
+        caches=caches,
     )
-    logits = apply_method(model, params, "head", hidden[:, 0])
-    return _advance(logits, state.position + 1, state.seen, caches, sampling), logits
+    return apply_method(model, params, "head", hidden[:, 0]), caches
 
 
 def _advance(

@@ -10,19 +10,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
+from minigpt4_jax.generation.beam import BeamRules, BeamState, beam_step, rank, start_beams
 from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
-from minigpt4_jax.generation.sampling import Sampling
+from minigpt4_jax.generation.sampling import GREEDY, Sampling
 from minigpt4_jax.models.kv_cache import KVCache, init_cache
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
+
+LENGTH_BEFORE = 1
+"""What the length of an answer counts in a beam search before its first token: the original's stand-in for a prompt."""
+
+
+class Hypothesis(NamedTuple):
+    """One of the answers that a beam search found."""
+
+    ids: list[int]
+    """The stop token included if one ends it."""
+    score: float
+    """Sum of the log-probabilities over `(1 + ids without the stop token) ** length_penalty`; higher is better."""
 
 
 class Engine:
@@ -62,6 +76,9 @@ class Engine:
         self._encode = jax.jit(
             lambda params, images: apply_method(self._model, params, "encode_images", images)
         )
+        self._start_beams = jax.jit(start_beams, static_argnames=("num_beams", "num_slots"))
+        self._beam_step = jax.jit(functools.partial(beam_step, model=self._model), donate_argnums=1)
+        self._rank = jax.jit(rank)
         self._free_caches: dict[int, KVCache] = {}
 
     def encode_images(
@@ -122,6 +139,64 @@ class Engine:
                 break
         return answers
 
+    def beam_search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
+        *,
+        num_beams: int,
+        max_new_tokens: int,
+        stop_tokens: Collection[int],
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+        written: Collection[int] = (),
+    ) -> list[list[Hypothesis]]:
+        """The `num_beams` best answers to each prompt, best first, by the rules of `generation/beam.py`.
+
+        Fewer where there are not as many (a vocabulary smaller than `num_beams`). A row's answers do not depend on the
+        other rows. Other prompts, stop tokens and penalties compile nothing; another `num_beams` does. Every step
+        waits for the device once, so that Ctrl-C ends a search between two steps. Raises as `stream`.
+        """
+        token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
+        images = self._pad_images(prompts, image_embeds, length=token_ids.shape[1])
+        seen = self._mark(written, rows=len(prompts))
+        rules = jax.device_put(
+            BeamRules(
+                stops=self._mark(stop_tokens, rows=1)[0],
+                length_penalty=np.float32(length_penalty),
+                repetition_penalty=np.float32(repetition_penalty),
+                length_before=np.int32(LENGTH_BEFORE),
+            )
+        )
+        caches = self._take_caches(len(prompts))
+        prompt, logits = self._prefill(
+            self._params, caches, token_ids, images, lengths, seen, sampling=jax.device_put(GREEDY)
+        )
+        state: BeamState = self._start_beams(
+            logits,
+            prompt.caches,
+            lengths,
+            seen,
+            rules,
+            num_beams=num_beams,
+            num_slots=self.slots(int(lengths.max()) + max_new_tokens),
+        )
+        self._free_caches[len(prompts)] = prompt.caches
+        for _ in range(max_new_tokens - 1):
+            if np.asarray(state.done).all():
+                break
+            state = self._beam_step(self._params, state, rules)
+        found = self._rank(state, rules)
+        rows = jax.device_get((found.token_ids, found.lengths, found.scores))
+        return [
+            [
+                Hypothesis(ids[:length].tolist(), float(score))
+                for ids, length, score in zip(*row, strict=True)
+                if score > -np.inf
+            ]
+            for row in zip(*rows, strict=True)
+        ]
+
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
@@ -138,14 +213,9 @@ class Engine:
             )
         token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
         images = self._pad_images(prompts, image_embeds, length=token_ids.shape[1])
-        # One slot more than is ever read: XLA's CPU compiler copies a cache that a step updates and reads as a whole,
-        # and updates it in place where only a part of it is read.
-        caches = self._free_caches.pop(batch, None) or init_cache(
-            self.config.llama, batch, num_slots=self.context + 1, dtype=self._dtype
-        )
+        caches = self._take_caches(batch)
         num_slots = self.slots(int(lengths.max()) + max_new_tokens)
-        seen = np.zeros((batch, self.config.llama.vocab_size), bool)
-        seen[:, list(written)] = True
+        seen = self._mark(written, rows=batch)
         sampling = jax.device_put(sampling)  # once, and not at every step
         state: DecodeState
         state, _ = self._prefill(
@@ -162,6 +232,21 @@ class Engine:
             # Ctrl-C inside a step: the old cache was donated, the new one has no name. The next answer makes one.
             if not state.caches[0].k.is_deleted():
                 self._free_caches[batch] = state.caches
+
+    def _take_caches(self, batch: int) -> KVCache:
+        """The caches of the last answer to as many prompts, or new ones.
+
+        One slot more than is ever read: XLA's CPU compiler copies a cache that a step updates and reads as a whole, and
+        updates it in place where only a part of it is read.
+        """
+        return self._free_caches.pop(batch, None) or init_cache(
+            self.config.llama, batch, num_slots=self.context + 1, dtype=self._dtype
+        )
+
+    def _mark(self, tokens: Collection[int], *, rows: int) -> Bool[np.ndarray, "{rows} V"]:
+        marked = np.zeros((rows, self.config.llama.vocab_size), bool)
+        marked[:, list(tokens)] = True
+        return marked
 
     def _pad_prompts(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,16 @@ def test_a_seed_draws_the_same_answer_again(
     hot = ["--temperature", "20", "--top-k", "20", "--top-p", "0.99"]
     assert answer(*hot, "--seed", "7") == answer(*hot, "--seed", "7")
     assert len({answer(*hot, "--seed", "7"), answer(*hot, "--seed", "8"), answer()}) == 3
+
+
+def test_beams_search_for_the_answer(
+    picture: Path, options: list[str], chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beams = ["--beams", "3", "--length-penalty", "0.5"]
+    assert cli.main(["chat", str(picture), "What is this?", *options, *beams]) == 0
+    found = capsys.readouterr().out
+    chat._generation = dataclasses.replace(chat._generation, num_beams=3, length_penalty=0.5)
+    assert found == chat.ask("What is this?") + "\n"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(

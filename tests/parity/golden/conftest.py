@@ -285,6 +285,19 @@ def greedy_cases() -> list[tuple[str, str]]:
     ]
 
 
+def beam_cases() -> list[tuple[str, str]]:
+    """(folder, case) of every beam search without chance."""
+    return [
+        (path.parent.name, case)
+        for path in sorted(FOLDER.glob("llama_*/generation.npz"))
+        for case, knobs in GOLDEN.report(f"{path.parent.name}/report.json")["generation"][
+            "cases"
+        ].items()
+        if is_beam_search(knobs)
+        and f"{case}__sequences" in GOLDEN.keys(f"{path.parent.name}/generation.npz")
+    ]
+
+
 def plain_greedy_cases() -> list[tuple[str, str]]:
     """Those without a repetition penalty, of which the result is the same however the prompt comes in."""
     return [
@@ -452,6 +465,10 @@ def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
 
 
+def is_beam_search(knobs: dict[str, Any]) -> bool:
+    return knobs.get("num_beams", 1) > 1 and not knobs.get("do_sample", False)
+
+
 CASES: dict[str, Callable[[], list[Any]]] = {
     "vit_case": vit_cases,
     "vit_case_with_blip2": vit_cases_with_blip2,
@@ -462,6 +479,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "v2_checkpoint": v2_checkpoints,
     "padded_case": padded_cases,
     "greedy_case": greedy_cases,
+    "beam_case": beam_cases,
     "plain_greedy_case": plain_greedy_cases,
     "encode_case": encode_cases,
     "forward_case": forward_cases,

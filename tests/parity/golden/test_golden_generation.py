@@ -1,4 +1,5 @@
-"""Greedy generation against the original's, through `prefill` and `decode_step`: every id, and the scores behind it.
+"""Greedy generation and beam search against the original's, through the engine and the functions that it compiles:
+every id, the scores behind it, and every answer that a search found.
 
 The original's id history, which the repetition penalty counts as written, starts differently by what the prompt is
 (transformers 4.30): from ids it is the whole left-padded prompt, padding included; from embeddings, as MiniGPT-4
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
-from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
+from minigpt4_jax.generation.beam import Answers, BeamRules, beam_step, rank, start_beams
+from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill, read_prompts
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.sampling import GREEDY, make_sampling, penalize_repetition
 from minigpt4_jax.models.kv_cache import init_cache
@@ -24,6 +26,8 @@ from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 
 SCORES: dict[str, Any] = {"atol": 3e-4, "rtol": 1e-4}
+BEAM_SCORES: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
+"""The tolerances of the sets' README."""
 
 
 def generate(
@@ -68,6 +72,57 @@ def generate(
     return np.stack(tokens, axis=1), np.stack(scores, axis=1)
 
 
+def search(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    image_embeds: Sequence[np.ndarray],
+    *,
+    seen: Sequence[np.ndarray],
+    knobs: dict[str, Any],
+    stop: int,
+) -> Answers:
+    """The answers of a beam search whose history, which penalty and length count, begins with `seen`."""
+    batch, longest = len(prompts), max(map(len, prompts))
+    token_ids = np.zeros((batch, longest), np.int32)
+    images = np.zeros((batch, longest, config.llama.width), np.float32)
+    written = np.zeros((batch, config.llama.vocab_size), bool)
+    for row in range(batch):
+        token_ids[row, : len(prompts[row])] = prompts[row]
+        images[row, : len(image_embeds[row])] = image_embeds[row]
+        written[row, seen[row]] = True
+    num_slots = longest + knobs["max_new_tokens"]
+    (length_before,) = {len(history) for history in seen}
+    rules = BeamRules(
+        stops=jnp.arange(config.llama.vocab_size) == stop,
+        length_penalty=float(knobs.get("length_penalty", 1.0)),
+        repetition_penalty=float(knobs.get("repetition_penalty", 1.0)),
+        length_before=np.int32(length_before),
+    )
+    params = convert_layout(params, DISK, DECODE, llama=config.llama)
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    caches = init_cache(config.llama, batch, num_slots=num_slots, dtype=jnp.float32)
+    read, start, step, last = compiled_search(config)
+    logits, caches = read(params, caches, token_ids, images, lengths)
+    state = start(
+        logits, caches, lengths, written, rules, num_beams=knobs["num_beams"], num_slots=num_slots
+    )
+    for _ in range(knobs["max_new_tokens"] - 1):
+        state = step(params, state, rules)
+    return last(state, rules)
+
+
+@functools.cache
+def compiled_search(config: ModelConfig) -> tuple[Any, Any, Any, Any]:
+    model = make_model(config, layout=DECODE, dtype=jnp.float32)
+    return (
+        jax.jit(functools.partial(read_prompts, model=model)),
+        jax.jit(start_beams, static_argnames=("num_beams", "num_slots")),
+        jax.jit(functools.partial(beam_step, model=model)),
+        jax.jit(rank),
+    )
+
+
 @functools.cache
 def compiled(config: ModelConfig) -> tuple[Any, Any]:
     model = make_model(config, layout=DECODE, dtype=jnp.float32)
@@ -86,7 +141,7 @@ def finish(tokens: np.ndarray, special: dict[str, int]) -> tuple[np.ndarray, np.
     return filled[:, : lengths.max()], lengths
 
 
-def read_prompts(held: dict[str, np.ndarray]) -> list[np.ndarray]:
+def recorded_prompts(held: dict[str, np.ndarray]) -> list[np.ndarray]:
     """The prompts of `generation.npz` without their padding."""
     ids, mask = held["prompt_input_ids"], held["prompt_attention_mask"] == 1
     return [row[counts] for row, counts in zip(ids, mask, strict=True)]
@@ -98,7 +153,7 @@ def test_golden_llama_greedy_ids_and_scores(golden: Any, greedy_case: tuple[str,
     knobs = golden.report(f"{folder}/report.json")["generation"]["cases"][case]
     special = golden.special_ids(folder)
     config, params = golden.llama(folder)
-    prompts = read_prompts(held)
+    prompts = recorded_prompts(held)
     padded = held["prompt_input_ids"]
     images = [np.zeros((0, config.llama.width), np.float32)] * len(prompts)
     seen, start = list(padded), padded
@@ -141,7 +196,7 @@ def test_golden_llama_engine_answers_like_the_original(
     config, params = golden.llama(folder)
     context = held["prompt_input_ids"].shape[1] + knobs["max_new_tokens"]
     engine = Engine(params, config, dtype=jnp.float32, context=context)
-    prompts = read_prompts(held)
+    prompts = recorded_prompts(held)
     answers = engine.generate(
         [[int(token) for token in prompt] for prompt in prompts],
         [None] * len(prompts),
@@ -154,6 +209,62 @@ def test_golden_llama_engine_answers_like_the_original(
     for answer, row in zip(answers, written[:, start:], strict=True):
         filled = [*answer, *[special["pad"]] * (len(row) - len(answer))]
         np.testing.assert_array_equal(filled, row)
+
+
+def fill(ids: Sequence[int], length: int, special: dict[str, int]) -> list[int]:
+    return [*ids, *[special["pad"]] * (length - len(ids))]
+
+
+def test_golden_llama_every_answer_of_a_beam_search(
+    golden: Any, beam_case: tuple[str, str]
+) -> None:
+    folder, case = beam_case
+    held = golden.arrays(f"{folder}/generation.npz")
+    knobs = golden.report(f"{folder}/report.json")["generation"]["cases"][case]
+    special = golden.special_ids(folder)
+    config, params = golden.llama(folder)
+    prompts = recorded_prompts(held)
+    images = [np.zeros((0, config.llama.width), np.float32)] * len(prompts)
+    start = held["prompt_input_ids"]
+    if case.startswith("embeds__"):
+        table = params["llama"]["embed_tokens"]["embedding"]
+        images = [table[prompt] for prompt in prompts]
+        prompts = [np.full(len(prompt), IMAGE_TOKEN_ID) for prompt in prompts]
+        start = np.full((len(prompts), 1), special["bos"])
+    found = search(
+        params, config, prompts, images, seen=list(start), knobs=knobs, stop=special["eos"]
+    )
+    kept = knobs.get("num_return_sequences", 1)
+    sequences = held[f"{case}__sequences"].reshape(len(prompts), kept, -1)
+    scores = held[f"{case}__sequences_scores"].reshape(len(prompts), kept)
+    np.testing.assert_allclose(found.scores[:, :kept], scores, **BEAM_SCORES)
+    for row, begun in enumerate(start):
+        for place in range(kept):
+            ids = np.asarray(found.token_ids)[row, place, : found.lengths[row, place]]
+            ours = fill([*begun, *ids], sequences.shape[2], special)
+            np.testing.assert_array_equal(ours, sequences[row, place], err_msg=f"{row}, {place}")
+    if case.startswith("embeds__"):
+        engine = Engine(
+            params,
+            config,
+            dtype=jnp.float32,
+            context=max(map(len, prompts)) + knobs["max_new_tokens"],
+        )
+        answers = engine.beam_search(
+            [prompt.tolist() for prompt in prompts],
+            images,
+            num_beams=knobs["num_beams"],
+            length_penalty=float(knobs.get("length_penalty", 1.0)),
+            repetition_penalty=float(knobs.get("repetition_penalty", 1.0)),
+            max_new_tokens=knobs["max_new_tokens"],
+            stop_tokens={special["eos"]},
+            written=[special["bos"]],
+        )
+        for row, hypotheses in enumerate(answers):
+            for place, (ids, score) in enumerate(hypotheses[:kept]):
+                ours = fill([special["bos"], *ids], sequences.shape[2], special)
+                np.testing.assert_array_equal(ours, sequences[row, place])
+                np.testing.assert_allclose(score, scores[row, place], **BEAM_SCORES)
 
 
 def test_golden_minigpt4_greedy_answers(golden: Any, answer_case: tuple[str, str]) -> None:

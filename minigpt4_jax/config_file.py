@@ -86,7 +86,10 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(Path(path)), resolve=False)
     except FileNotFoundError as error:
-        raise UserError(f"There is no configuration file {str(path)!r}.") from error
+        raise UserError(
+            f"There is no configuration file {str(path)!r}; expected a YAML file, such as those in configs/train. "
+            "Check the path."
+        ) from error
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read as YAML: {error}. Expected a text file of `key: value` lines."

@@ -26,13 +26,18 @@ def member(name: str, data: bytes, *, format: int = tarfile.USTAR_FORMAT) -> byt
     return info.tobuf(format) + data + bytes(-len(data) % 512)
 
 
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """A picture as a file of the kind that PIL calls `kind`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def jpeg(number: int) -> bytes:
     """A 28-pixel picture that depends on `number`."""
     pixels = np.full((28, 28, 3), 255, np.uint8)
     pixels[: 4 + number % 24, : 28 - number % 20] = (number * 37 % 256, number * 91 % 256, 128)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG", quality=90)
 
 
 def caption(number: int) -> bytes:

@@ -1,7 +1,7 @@
 """docs/bad_input.md is what tools/bad_input wrote: every case of it, in order, with the message it asks for.
 
 The cases themselves are run by the script; what they are about is tested where it lives (`tests/data/test_images.py`,
-`tests/training/test_checkpoints.py`, `tests/test_config.py`, `tests/convert/`).
+`tests/data/test_image_refusals.py`, `tests/training/test_checkpoints.py`, `tests/test_config.py`, `tests/convert/`).
 """
 
 from __future__ import annotations

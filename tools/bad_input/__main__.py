@@ -12,6 +12,7 @@ It stops too when a case ends in another way than its line here says: the page i
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import re
@@ -61,6 +62,8 @@ def child(case: Case, folder: str, output: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.update(case.environment)
+    # Orbax warns through absl when a save took long: that is this machine's disk, not the input.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     code = 1
     try:
         case.prepare()

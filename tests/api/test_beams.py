@@ -1,0 +1,74 @@
+"""Beams: what a search finds, alone and in a batch, and which settings reach it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from minigpt4_jax import MiniGPT4
+from minigpt4_jax.data.tokenizer import Tokenizer
+from minigpt4_jax.generation.engine import Hypothesis
+from tests.api.tiny import SHORT, start
+
+BEAMS = dataclasses.replace(SHORT, num_beams=3)
+
+
+def test_beams_find_an_answer_that_is_likelier_than_the_greedy_one(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    greedy, searched = start(model, pictures[0]), model.start_chat(BEAMS)
+    searched.add_image(pictures[0])
+    assert searched.ask("What is this?") != greedy.ask("What is this?")
+    assert searched.finish_reason == "length"
+    # It stays in view for the next question, as every answer does.
+    assert searched.last_answer in searched._conversation.text()
+    assert searched.ask("Why?") != ""
+
+
+def test_answers_searched_together_are_the_answers_searched_alone(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    questions = ["What is this?", "Why?", "Is it a rather large or a small one, would you say?"]
+    alone = []
+    for picture, question in zip(pictures, questions, strict=True):
+        chat = model.start_chat(BEAMS)
+        chat.add_image(picture)
+        (whole,) = chat.stream(question)  # one piece
+        assert whole == chat.last_answer
+        alone.append(whole)
+    assert model.generate(pictures, questions, generation=BEAMS) == alone
+
+
+def test_one_beam_is_greedy(model: MiniGPT4, pictures: Any) -> None:
+    one = dataclasses.replace(SHORT, num_beams=1, length_penalty=5.0)
+    chat = start(model, pictures[0])
+    assert model.generate(pictures[:1], ["What?"], generation=one) == [chat.ask("What?")]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_the_best_answer_of_a_search_is_given_and_settings_reach_it(
+    batch: bool, model: MiniGPT4, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    asked: list[dict[str, Any]] = []
+    end = tokenizer.special("<|im_end|>")
+
+    def note(prompts: Any, embeds: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        return [[([*tokenizer.encode(" A cat."), end], -0.1), (tokenizer.encode("A dog"), -0.2)]]
+
+    monkeypatch.setattr(
+        model._engine, "beam_search", lambda *a, **k: [[Hypothesis(*h) for h in r] for r in note(*a, **k)]
+    )  # fmt: skip
+    settings = dataclasses.replace(BEAMS, length_penalty=0.5)
+    chat = model.start_chat(settings)
+    if batch:
+        assert model.generate(pictures[:1], ["What?"], generation=settings) == ["A cat."]
+    else:
+        assert list(chat.stream("What?")) == ["A cat."]
+        assert chat.finish_reason == "stop"
+    stops = (end, tokenizer.special("<|endoftext|>"))
+    expected = {"num_beams": 3, "length_penalty": 0.5, "repetition_penalty": 3.0}
+    expected |= {"max_new_tokens": 12, "stop_tokens": stops, "written": ()}
+    assert asked == [expected]

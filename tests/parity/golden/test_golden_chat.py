@@ -32,7 +32,7 @@ class ChatCase:
         self.record = golden.report("minigpt4_noqf/cases.json")[name]
         self.held = golden.arrays(f"minigpt4_noqf/{name}.npz")
         self.picture = self.held["image"].transpose(1, 2, 0)[None]
-        self.config, params = golden.minigpt4(self.picture.shape[1])
+        self.config, params = golden.minigpt4(self.picture.shape[1], variant="minigpt4_noqf")
         self.special = golden.special_ids("llama_mha")
         self.table = params["llama"]["embed_tokens"]["embedding"]
         self.settings = {name: getattr(ORIGINAL_GENERATION, name) for name in KNOBS} | self.record[

@@ -275,7 +275,7 @@ def test_golden_minigpt4_greedy_answers(golden: Any, answer_case: tuple[str, str
     ]
     special = golden.special_ids("llama_mha")
     pictures = golden.pictures(f"minigpt4_noqf/{file}.npz")
-    config, params = golden.minigpt4(pictures.shape[1])
+    config, params = golden.minigpt4(pictures.shape[1], variant="minigpt4_noqf")
     model = make_model(config, layout=DISK, dtype=jnp.float32)
     images = apply_method(model, params, "encode_images", pictures)
     prompts = [

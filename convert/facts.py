@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from convert.meta import MetaSource, is_meta_folder
 from convert.projection import FITS, WEIGHT
 from convert.sources import TensorSource, open_source
 from minigpt4_jax.config import UserError
+from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, ModelFolder
 from minigpt4_jax.presets import PRESETS, Preset
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -71,7 +73,7 @@ def describe_file(path: Path) -> FileFacts:
     if not path.exists():
         raise UserError(f"There is no {path}; expected a file or folder.")
     if _is_model_folder(path):
-        return FileFacts(path=path, kind=Kind.MODEL_FOLDER)
+        return _of_model_folder(path)
     if _is_tokenizer(path):
         return FileFacts(path=path, kind=Kind.TOKENIZER)
     if path.is_dir():
@@ -109,8 +111,31 @@ def fact_rows(facts: FileFacts) -> Iterator[tuple[str, str]]:
 
 
 def _is_model_folder(path: Path) -> bool:
-    """The one place that knows what marks a folder that this project wrote."""
-    return (path / "manifest.json").is_file() and (path / "params").is_dir()
+    return (path / MANIFEST).is_file() and (path / WEIGHTS).is_dir()
+
+
+def _of_model_folder(path: Path) -> FileFacts:
+    folder = ModelFolder(path)
+    names, model = folder.names(), folder.preset.model
+    sizes: dict[str, int | str] = {
+        "tokens": model.llama.vocab_size,
+        "width": model.llama.width,
+        "layers": model.llama.num_layers,
+        "image tokens": model.num_image_tokens,
+    }
+    notes = [f"made as {folder.settings['preset']}"] if "preset" in folder.settings else []
+    for part, source in folder.sources.items():
+        files = [f"{file['name']} (SHA-256 {file['sha256'][:12]})" for file in source["files"]]
+        notes.append(f"{part} is from {', '.join(files) or 'no file: the identity'}")
+    return FileFacts(
+        path=path,
+        kind=Kind.MODEL_FOLDER,
+        sizes=sizes,
+        num_tensors=len(names),
+        num_parameters=sum(math.prod(folder.shape(name)) for name in names),
+        dtypes=Counter(str(folder.dtype(name)) for name in names),
+        notes=tuple(notes),
+    )
 
 
 def _is_tokenizer(path: Path) -> bool:

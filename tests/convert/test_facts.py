@@ -15,7 +15,10 @@ from convert.detect import Kind
 from convert.facts import FileFacts, describe_file, fact_rows, print_facts
 from convert.projection import ProjectionInfo, write_projection
 from convert.sources import SafetensorsSource
+from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.config import ModelConfig, UserError
+from minigpt4_jax.model_folder import manifest_of
+from minigpt4_jax.presets import PRESETS
 from tests import llama_forms as forms
 from tests.torch_files import write_pth
 
@@ -91,7 +94,10 @@ def test_language_model_in_every_form(kind: str, tmp_path: Path) -> None:
 def test_smol_language_model_fits_its_preset(
     tmp_path: Path, gguf_arrays: Arrays, write_gguf: Callable[..., Path]
 ) -> None:
-    assert describe_file(write_gguf(tmp_path / "m.gguf", gguf_arrays)).fits == ("tiny",)
+    assert describe_file(write_gguf(tmp_path / "m.gguf", gguf_arrays)).fits == (
+        "tiny",
+        "tiny-qformer",
+    )
 
 
 def test_delta_is_told_from_a_model(tmp_path: Path) -> None:
@@ -168,9 +174,16 @@ def test_tokenizers_and_folders_of_this_project(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"")
     assert describe_file(tmp_path / "tokenizer.model").kind is Kind.TOKENIZER
     assert describe_file(tmp_path).kind is Kind.TOKENIZER
-    (tmp_path / "params").mkdir()
-    (tmp_path / "manifest.json").write_text(json.dumps({}))
-    assert describe_file(tmp_path).kind is Kind.MODEL_FOLDER
+    (tmp_path / "weights").mkdir()
+    manifest = manifest_of(PRESETS["tiny"], {"vit": {"files": []}}, {"preset": "llama2-7b"})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    save_file({"vit/cls_token": np.ones((1, 1, 32))}, tmp_path / "weights" / "vit.safetensors")
+    write_checksums(tmp_path)
+    facts = describe_file(tmp_path)
+    assert facts.kind is Kind.MODEL_FOLDER
+    assert (facts.num_tensors, facts.num_parameters, facts.dtypes) == (1, 32, {"float64": 1})
+    assert facts.sizes == {"tokens": 384, "width": 32, "layers": 2, "image tokens": 4}
+    assert facts.notes == ("made as llama2-7b", "vit is from no file: the identity")
 
 
 def test_unknown_file_shows_what_it_holds(tmp_path: Path) -> None:

@@ -8,8 +8,14 @@ Faults that make one test fail each: a source given to the wrong table
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +321,56 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
     assert convert(files, out.with_name("at once")) == 0
     assert_same_weights(out, out.with_name("at once"))
     assert not out.with_name(".model.partial").exists()
+
+
+def test_a_killed_conversion_leaves_nothing_that_passes_for_whole(files: Files, out: Path) -> None:
+    """Killed when all is written and only the name is missing."""
+    command = ["vicuna-7b", *published.command(files, out=out)]
+    script = f"""
+        import os, signal
+        from convert import __main__ as cli, model
+        model.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        cli.main({command!r})
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert out.with_name(".model.partial").exists()
+    assert convert(files, out) == 0
+    ModelFolder(out).require_whole()
+    assert not out.with_name(".model.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(errno.ENOSPC, "The disk is full; expected room"), (errno.EROFS, "Expected a place that you")],
+)
+def test_what_a_disk_does_while_weights_are_written_is_one_message(
+    code: int,
+    said: str,
+    files: Files,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[Path] = []
+    write = model_module.write_safetensors
+
+    def full(path: Path, entries: Any) -> Any:
+        if len(written) == 3:
+            raise OSError(code, os.strerror(code), str(path))
+        written.append(path)
+        return write(path, entries)
+
+    monkeypatch.setattr(model_module, "write_safetensors", full)
+    assert convert(files, out) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("error:") == 1
+    assert not out.exists()
+    monkeypatch.setattr(model_module, "write_safetensors", write)
+    assert convert(files, out) == 0
+    assert "3 files of weights were whole" in capsys.readouterr().out
 
 
 def test_an_output_that_cannot_be_written_is_one_message(

@@ -56,31 +56,44 @@ def projection(width: int, *, flipped: bool = False) -> Callable[[], None]:
 
 
 def smol_cache(damage: Callable[[Path], None]) -> Callable[[], None]:
-    """A folder like the converted smol model, small and damaged."""
+    """A model folder like the converted smol model, small and damaged."""
 
     def make() -> None:
         os.environ["MINIGPT4_CACHE"] = "cache"
+        from safetensors.numpy import save_file
+
         from convert.smol import smol_folder
-        from minigpt4_jax.checkpoint import save_params
+        from minigpt4_jax.checksums import write_checksums
         from minigpt4_jax.data.tokenizer import byte_tokenizer
+        from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, manifest_of
+        from minigpt4_jax.presets import get_preset
 
         folder = smol_folder()
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
+        (folder / WEIGHTS).mkdir(parents=True)
+        manifest = manifest_of(get_preset("smol"), {}, {})
+        (folder / MANIFEST).write_text(json.dumps(manifest))
         byte_tokenizer()._backend.save(str(folder / "tokenizer.json"))
-        save_params(folder / "params", {"x": np.arange(5000, dtype=np.float32)})
+        norm = {"llama/norm/scale": np.ones(576, np.float32)}
+        save_file(norm, folder / WEIGHTS / "llama.safetensors")
+        write_checksums(folder)
         damage(folder)
 
     return make
 
 
-def flip_largest(folder: Path) -> None:
-    largest = max(
-        (f for f in folder.rglob("*") if f.is_file() and "params" in str(f)), key=os.path.getsize
-    )
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+def without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def cut_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"ver')
+
+
+def flip_weights(folder: Path) -> None:
+    (file,) = (folder / "weights").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def training(damage: Callable[[Path], None] | None = None) -> Callable[[], None]:
@@ -225,22 +238,22 @@ WEIGHTS = (
     weights(
         "no tokenizer in the cache",
         CHAT,
-        "There is no tokenizer at.*made anew",
-        both(PICTURE, smol_cache(lambda folder: (folder / "tokenizer.json").unlink())),
+        "tokenizer.json is missing.*made anew",
+        both(PICTURE, smol_cache(without_tokenizer)),
         environment=(CACHE,),
     ),
     weights(
         "a tokenizer that was cut",
         CHAT,
-        "not a tokenizer.json that can be read.*made anew",
-        both(PICTURE, smol_cache(lambda folder: (folder / "tokenizer.json").write_text('{"ver'))),
+        "tokenizer.json has bytes.*made anew",
+        both(PICTURE, smol_cache(cut_tokenizer)),
         environment=(CACHE,),
     ),
     weights(
         "a flipped bit in the cached weights",
         CHAT,
         "is damaged: .*crc32.*made anew",
-        both(PICTURE, smol_cache(flip_largest)),
+        both(PICTURE, smol_cache(flip_weights)),
         environment=(CACHE,),
     ),
     weights(
@@ -252,7 +265,18 @@ WEIGHTS = (
     ),
     weights(
         "a GGUF file that was cut",
-        ("python -m convert", "llama", "m.gguf", "--out", "out"),
+        (
+            "python -m convert",
+            "llama2-7b",
+            "--llm",
+            "m.gguf",
+            "--vit",
+            "v.pth",
+            "--projection",
+            "p.pth",
+            "--out",
+            "out",
+        ),
         "m.gguf",
         write("m.gguf", b"GGUF\3\0\0\0"),
     ),

@@ -271,10 +271,10 @@ def _fits(kind: Kind, sizes: Mapping[str, int | str], preset: Preset) -> bool:
         used = model.vit.num_layers
         same = (sizes["width"], sizes["patch"]) == (model.vit.width, model.vit.patch_size)
         return same and sizes["blocks"] in (used, used + 1)  # the published file has one more
-    qformer = getattr(model, "qformer", None)
+    qformer = model.qformer
     if kind in (Kind.QFORMER, Kind.BLIP2) and qformer is not None:
-        ours = (qformer.num_queries, qformer.width, qformer.num_layers)
-        return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == ours
+        shown = tuple(sizes.get(key) for key in ("queries", "width", "layers"))
+        return shown == (qformer.num_queries, qformer.width, qformer.num_layers)
     return False
 
 

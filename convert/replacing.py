@@ -27,11 +27,12 @@ def replacing(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iter
         UserError: the file cannot be written; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    errors: tuple[type[Exception], ...] = (OSError, *failures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except (OSError, *failures) as error:
+    except errors as error:
         raise UserError(
             f"{path} cannot be written ({error}). Expected a folder that you may write to, with room; choose another "
             "place, or free some space."

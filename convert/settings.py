@@ -92,9 +92,10 @@ class ConvertConfig:
     def absolute(self) -> ConvertConfig:
         """The same with absolute paths, so that `verify` finds them from anywhere."""
         paths = {name: getattr(self, name) for name in PATHS}
-        return dataclasses.replace(
-            self, **{name: str(Path(path).absolute()) for name, path in paths.items() if path}
-        )
+        found: dict[str, Any] = {
+            name: str(Path(path).absolute()) for name, path in paths.items() if path
+        }
+        return dataclasses.replace(self, **found)
 
     @staticmethod
     def of_folder(folder: ModelFolder) -> tuple[str, ConvertConfig]:

@@ -219,7 +219,8 @@ class ModelFolder:
         else:
             placed = leaf_names(shardings)
         arrays = [self.place(name, placed[name], dtype=dtype) for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+        tree: Tree = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+        return tree
 
     @cached_property
     def _stacks(self) -> dict[str, list[str]]:
@@ -253,10 +254,11 @@ class ModelFolder:
             dtype if dtype is not None and jax.numpy.issubdtype(stored, np.floating) else stored
         )
 
-        def part(index: tuple[slice, ...]) -> Array:
+        def part(index: tuple[slice, ...] | None) -> Array:
+            index = index or ()
             if name in self._files:
                 return np.asarray(self._files[name].read(name, index)).astype(target)
-            chosen = members[index[0]]
+            chosen = members[index[0]] if index else members
             slices = [self._files[member].read(member, index[1:]) for member in chosen]
             stack = np.empty((len(slices), *slices[0].shape), target)
             for at, piece in enumerate(slices):

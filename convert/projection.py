@@ -157,7 +157,7 @@ def write_projection(
         "training": json.dumps(dict(info.training)),
         "sha256": _hash(arrays[WEIGHT], arrays[BIAS]),
     }
-    with replacing(path, failures=(SafetensorError,)) as partial:
+    with replacing(path, failures=(OSError, SafetensorError)) as partial:
         save_file(arrays, partial, metadata=metadata)
 
 

@@ -88,9 +88,8 @@ class DeltaSource:
         for start in range(0, len(delta), step):
             rows = slice(start, min(start + step, len(delta)))
             added = delta[rows].astype(np.float32)
-            held = base[
-                rows
-            ]  # fewer rows where the delta has one more: that one is the delta's own
+            # Fewer rows where the delta has one more: that one is the delta's own.
+            held = base[rows]
             added[: len(held)] += held.astype(np.float32)
             with np.errstate(over="ignore"):  # what float16 cannot hold is reported as not finite
                 total[rows] = added

@@ -141,6 +141,11 @@ def _of_source(path: Path, source: TensorSource, *, notes: tuple[str, ...] = ())
         notes += more
     if kind is Kind.UNKNOWN:
         notes = (*notes, f"its first tensors: {', '.join(names[:4]) or 'none'}")
+    if source.metadata.get("left_alone"):
+        notes = (
+            *notes,
+            f"beside the weights, not read: {', '.join(source.metadata['left_alone'])}",
+        )
     sizes = _SIZES[kind](source) if kind in _SIZES else {}
     return FileFacts(
         path=path,
@@ -246,7 +251,7 @@ def _fits(kind: Kind, sizes: Mapping[str, int | str], preset: Preset) -> bool:
         used = model.vit.num_layers
         same = (sizes["width"], sizes["patch"]) == (model.vit.width, model.vit.patch_size)
         return same and sizes["blocks"] in (used, used + 1)  # the published file has one more
-    qformer = getattr(model, "qformer", None)
+    qformer = model.qformer
     if kind in (Kind.QFORMER, Kind.BLIP2) and qformer is not None:
         ours = (qformer.num_queries, qformer.width, qformer.num_layers)
         return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == ours

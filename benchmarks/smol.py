@@ -225,15 +225,15 @@ def train_row(bench: Bench, length: int, num_targets: int) -> Row:
         np.arange(length - num_targets, length, dtype=np.int32), (16, num_targets)
     )
     tower = make_model(config, layout=DISK, dtype=jnp.float32)
-    encode = jax.jit(lambda params, x: apply_method(tower, params, "encode_vision", x)[0][:, 1:])
-    vision = {name: bench.params[name] for name in ("vit", "ln_vision")}
+    encode = jax.jit(lambda params, x: apply_method(tower, params, "encode_vision", x)[0])
+    vision = {name: bench.params[name] for name in config.vision_parts}
     batch = {
         "token_ids": ids,
         "attention_mask": np.ones(ids.shape, bool),
         "target_positions": places - 1,
         "target_ids": np.take_along_axis(ids, places, axis=1),
         "target_mask": np.ones(places.shape, bool),
-        "patches": np.tile(np.asarray(encode(vision, bench.images)), (2, 1, 1)),
+        "features": np.tile(np.asarray(encode(vision, bench.images)), (2, 1, 1)),
     }
     tx = make_optimizer(optimizer)
     model = make_model(config, layout=TRAIN, dtype=jnp.float32)

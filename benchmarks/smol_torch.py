@@ -179,7 +179,7 @@ class LlamaTwin:
         betas = (optimizer.beta1, optimizer.beta2)
         adamw = torch.optim.AdamW(groups, lr=optimizer.init_lr, betas=betas, eps=optimizer.eps)
         on_device = {name: torch.from_numpy(array) for name, array in batch.items()}
-        ids, patches = on_device["token_ids"].long(), on_device["patches"]
+        ids, patches = on_device["token_ids"].long(), on_device["features"]
         positions, targets = on_device["target_positions"].long(), on_device["target_ids"].long()
         rows = torch.arange(len(ids))[:, None]
 

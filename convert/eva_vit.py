@@ -1,7 +1,7 @@
-"""Tables for the image tower: the original EVA file, and a DINOv2 backbone in ONNX -> the `vit` tree.
+"""Tables for the image tower: the original EVA file, BLIP-2 of Hugging Face, a DINOv2 backbone in ONNX -> `vit`.
 
-For: `eva_vit_g.pth` and files with its names; and the DINOv2 ViT of the smol tier, which fits the EVA module exactly.
-Not for: BLIP-2's Hugging Face names and the Q-Former (later tables).
+For: `eva_vit_g.pth` and files with its names; the same tower inside BLIP-2 and InstructBLIP of Hugging Face; and the
+DINOv2 ViT of the smol tier, which fits the EVA module exactly. Not for: the Q-Former and `ln_vision` (`qformer.py`).
 
 Differs from the original: kernels are `[in, out]`, q, k and v are apart, position embeddings are resized here, once,
 and what the original drops in silence (an extra block, final norm, head) is excused by name.
@@ -20,6 +20,7 @@ from convert.rules import (
     Excuse,
     Op,
     Rule,
+    Tree,
     conv_kernel,
     fold_scale,
     identity,
@@ -73,10 +74,19 @@ def eva_config(source: TensorSource, *, grid: int, num_layers: int, num_heads: i
         UserError: the file has no patch embedding under EVA's name.
     """
     patch, fc1 = "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"
+    return _config(
+        source, patch=patch, fc1=fc1, grid=grid, num_layers=num_layers, num_heads=num_heads
+    )
+
+
+def _config(
+    source: TensorSource, *, patch: str, fc1: str, grid: int, num_layers: int, num_heads: int
+) -> VitConfig:
     missing = [name for name in (patch, fc1) if name not in source.names()]
     if missing:
         raise UserError(
-            f"{source.describe()} has no {' and no '.join(missing)}; expected the names of the original EVA file."
+            f"{source.describe()} has no {' and no '.join(missing)}; expected the names of an EVA tower: the "
+            "original's file, or BLIP-2 of Hugging Face."
         )
     width, _, patch_size, _ = source.shape(patch)
     return VitConfig(
@@ -102,6 +112,85 @@ def eva_excuses(config: VitConfig) -> tuple[Excuse, ...]:
         Excuse("fc_norm.*", unused),
         Excuse("head.*", unused),
     )
+
+
+def hf_vit_config(source: TensorSource, *, grid: int, num_layers: int, num_heads: int) -> VitConfig:
+    """As `eva_config`, of BLIP-2 or InstructBLIP as Hugging Face names them.
+
+    Args:
+        num_layers: 39, as these files hold: they have no block that is not used.
+    """
+    patch, fc1 = "vision_model.embeddings.patch_embedding.weight", f"{HF_BLOCK.format(i=0)}.mlp.fc1"
+    return _config(
+        source,
+        patch=patch,
+        fc1=f"{fc1}.weight",
+        grid=grid,
+        num_layers=num_layers,
+        num_heads=num_heads,
+    )
+
+
+HF_BLOCK = "vision_model.encoder.layers.{i}"
+
+
+def hf_vit_rules(config: VitConfig) -> tuple[Rule, ...]:
+    """Names of the tower in BLIP-2 and InstructBLIP of Hugging Face -> the `vit` tree."""
+    block, attn, whole = "blocks/{i}", f"{HF_BLOCK}.self_attn", "vision_model.embeddings"
+    qkv, qkv_bias = f"{attn}.qkv.weight", f"{attn}.qkv.bias"
+    table = [
+        Rule("cls_token", (f"{whole}.class_embedding",), identity),
+        Rule("pos_embed", (f"{whole}.position_embedding",), resize_grid(config.grid)),
+        Rule("patch_embed/kernel", (f"{whole}.patch_embedding.weight",), conv_kernel),
+        Rule("patch_embed/bias", (f"{whole}.patch_embedding.bias",), identity),
+        Rule(f"{block}/attn/q_proj/kernel", (qkv,), rows(0, 3).then(transpose)),
+        Rule(f"{block}/attn/q_proj/bias", (qkv_bias,), rows(0, 3)),
+        Rule(f"{block}/attn/k_proj/kernel", (qkv, qkv_bias), key_without_bias),
+        Rule(f"{block}/attn/v_proj/kernel", (qkv,), rows(2, 3).then(transpose)),
+        Rule(f"{block}/attn/v_proj/bias", (qkv_bias,), rows(2, 3)),
+    ]
+    for ours, theirs in (("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
+        table.append(Rule(f"{block}/{ours}/scale", (f"{HF_BLOCK}.{theirs}.weight",), identity))
+        table.append(Rule(f"{block}/{ours}/bias", (f"{HF_BLOCK}.{theirs}.bias",), identity))
+    kernels = (
+        ("attn/o_proj", "self_attn.projection"), ("mlp/fc1", "mlp.fc1"), ("mlp/fc2", "mlp.fc2")
+    )  # fmt: skip
+    for ours, theirs in kernels:
+        table.append(Rule(f"{block}/{ours}/kernel", (f"{HF_BLOCK}.{theirs}.weight",), transpose))
+        table.append(Rule(f"{block}/{ours}/bias", (f"{HF_BLOCK}.{theirs}.bias",), identity))
+    return tuple(table)
+
+
+HF_VIT_EXCUSES: tuple[Excuse, ...] = (
+    Excuse(
+        "vision_model.post_layernorm.*", "MiniGPT-4's `ln_vision`, which comes with the Q-Former"
+    ),
+    Excuse("query_tokens", "the Q-Former's, which has a table of its own"),
+    Excuse("qformer.*", "the Q-Former, which has a table of its own"),
+    Excuse("language_projection.*", "leads to BLIP-2's language model; MiniGPT-4 trains its own"),
+    Excuse("language_model.*", "BLIP-2's language model; MiniGPT-4 has its own"),
+)
+"""What these files hold beside the tower."""
+
+
+def _key_without_bias(weight: Array, bias: Array) -> Array:
+    wrong = np.count_nonzero(rows(1, 3).apply(bias))
+    if wrong:
+        raise ValueError(
+            f"{wrong} of the {len(bias) // 3} biases of k are not zero; EVA has none, so these are another model's"
+        )
+    return transpose.apply(rows(1, 3).apply(weight))
+
+
+key_without_bias = Op("part 2 of 3, whose bias is zero, transpose to [in, out]", _key_without_bias)
+
+
+def plain_ln_vision(config: VitConfig) -> Tree:
+    """`ln_vision` where no Q-Former's file fills it: weight 1, bias 0, as the original initialises and freezes it."""
+    return {
+        "scale": np.ones(config.width, np.float32),
+        "bias": np.zeros(config.width, np.float32),
+    }
 
 
 def dino_rules(config: VitConfig) -> tuple[Rule, ...]:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from convert.rules import Array, Excuse, Rule, Tree, convert, identity, transpose
 from convert.sources import TensorSource, open_source
-from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError, VitConfig
+from minigpt4_jax.config import LlamaConfig, ModelConfig, QFormerConfig, UserError, VitConfig
 
 FORMAT = "minigpt4_jax.projection/1"
 WEIGHT, BIAS = "llama_proj.weight", "llama_proj.bias"
@@ -210,9 +210,14 @@ def _info_of(source: TensorSource) -> ProjectionInfo | None:
         )
     try:
         sizes = json.loads(meta["config"])
-        config = ModelConfig(
-            **sizes | {"vit": VitConfig(**sizes["vit"]), "llama": LlamaConfig(**sizes["llama"])}
-        )
+        # Files from before there was a Q-Former do not name one (the shipped smol projection): their models have none.
+        qformer = sizes.get("qformer")
+        parts = {
+            "vit": VitConfig(**sizes["vit"]),
+            "qformer": None if qformer is None else QFormerConfig(**qformer),
+            "llama": LlamaConfig(**sizes["llama"]),
+        }
+        config = ModelConfig(**sizes | parts)
         return ProjectionInfo(
             config=config,
             licence=meta["licence"],
@@ -220,7 +225,7 @@ def _info_of(source: TensorSource) -> ProjectionInfo | None:
             frozen_parts=json.loads(meta["frozen_parts"]),
             training=json.loads(meta["training"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"The header of {source.describe()} cannot be read ({error!r}); expected the fields of {FORMAT!r}. "
             "Fetch the file again."
@@ -239,7 +244,11 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
                 yield prefix + f.name, value
 
     have, want = dict(flat(theirs, "")), dict(flat(ours, ""))
-    return [f"{k} is {have[k]}, the model has {want[k]}" for k in have if have[k] != want[k]]
+    return [
+        f"{k} is {have.get(k)}, the model has {want.get(k)}"
+        for k in have | want  # with a Q-Former there are fields that a model without does not have
+        if have.get(k) != want.get(k)
+    ]
 
 
 def _hash(*arrays: Array) -> str:

@@ -2,7 +2,8 @@
 
 B batch, T image tokens of one picture, S sequence or cache slots, D width, F mlp width, N query heads, K key/value
 heads, H head dim, V vocabulary, L layers, I images, P patches (class token included where said), C vision channels,
-W beams of a row, A ids of an answer.
+Q queries of the Q-Former, E its width, R rows of features or image embeddings (all pictures of a prompt), W beams of a
+row, A ids of an answer.
 """
 
 from jax import Array

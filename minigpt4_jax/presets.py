@@ -9,9 +9,9 @@ hidden in transformers (top-k 50): here they are the preset's, in one place.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError, VitConfig
+from minigpt4_jax.config import LlamaConfig, ModelConfig, QFormerConfig, UserError, VitConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -104,39 +104,110 @@ class Preset:
     """How its answers are written unless the caller says otherwise."""
 
 
-PRESETS: dict[str, Preset] = {
-    # Random weights, seconds to run: unit tests and CI.
-    "tiny": Preset(
+_EVA_VIT_G = VitConfig(
+    image_size=224,
+    patch_size=14,
+    width=1408,
+    num_layers=39,
+    num_heads=16,
+    mlp_width=6144,
+    norm_eps=1e-6,
+)
+"""EVA ViT-g/14 without its last block, as BLIP-2 and MiniGPT-4 use it."""
+_QFORMER = QFormerConfig(
+    num_queries=32,
+    width=768,
+    num_layers=12,
+    num_heads=12,
+    mlp_width=3072,
+    cross_attention_every=2,
+    norm_eps=1e-12,
+)
+"""BERT-base with cross-attention, of BLIP-2."""
+_VICUNA_7B = LlamaConfig(
+    vocab_size=32001,
+    width=4096,
+    mlp_width=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rope_base=10000.0,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    max_positions=2048,
+)
+
+
+def _vicuna(llama: LlamaConfig) -> Preset:
+    """The published models on a Vicuna v0."""
+    return Preset(
         model=ModelConfig(
-            vit=VitConfig(
-                image_size=28,
-                patch_size=7,
-                width=32,
-                num_layers=2,
-                num_heads=4,
-                mlp_width=48,
-                norm_eps=1e-6,
-            ),
-            llama=LlamaConfig(
-                vocab_size=384,
-                width=32,
-                mlp_width=64,
-                num_layers=2,
-                num_heads=4,
-                num_kv_heads=2,
-                head_dim=8,
-                rope_base=10000.0,
-                norm_eps=1e-5,
-                tie_embeddings=True,
-                max_positions=256,
-            ),
-            ln_vision_eps=1e-6,
-            patches_per_token=4,
+            vit=_EVA_VIT_G,
+            qformer=_QFORMER,
+            llama=llama,
+            ln_vision_eps=1e-5,
+            patches_per_token=None,
         ),
-        template="chatml",
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-        generation=GenerationConfig(),
+        template="vicuna_v0",
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        generation=ORIGINAL_GENERATION,
+    )
+
+
+_TINY = Preset(
+    model=ModelConfig(
+        vit=VitConfig(
+            image_size=28,
+            patch_size=7,
+            width=32,
+            num_layers=2,
+            num_heads=4,
+            mlp_width=48,
+            norm_eps=1e-6,
+        ),
+        qformer=None,
+        llama=LlamaConfig(
+            vocab_size=384,
+            width=32,
+            mlp_width=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            rope_base=10000.0,
+            norm_eps=1e-5,
+            tie_embeddings=True,
+            max_positions=256,
+        ),
+        ln_vision_eps=1e-6,
+        patches_per_token=4,
+    ),
+    template="chatml",
+    image_mean=IMAGENET_MEAN,
+    image_std=IMAGENET_STD,
+    generation=GenerationConfig(),
+)
+"""Random weights, seconds to run: unit tests and CI."""
+
+PRESETS: dict[str, Preset] = {
+    "tiny": _TINY,
+    "tiny-qformer": replace(
+        _TINY,
+        model=replace(
+            _TINY.model,
+            qformer=QFormerConfig(
+                num_queries=5,
+                width=24,
+                num_layers=3,
+                num_heads=3,
+                mlp_width=40,
+                cross_attention_every=2,
+                norm_eps=1e-12,
+            ),
+            patches_per_token=None,
+        ),
     ),
     # DINOv2 ViT-S/14 and SmolLM2-135M-Instruct. Sixteen patches (one row of the grid) make a token: 16 tokens and a
     # 3.5 M projection cost half the compute of 64 tokens and 0.9 M, on a model meant for laptops.
@@ -151,6 +222,7 @@ PRESETS: dict[str, Preset] = {
                 mlp_width=1536,
                 norm_eps=1e-6,
             ),
+            qformer=None,
             llama=LlamaConfig(
                 vocab_size=49152,
                 width=576,
@@ -172,32 +244,12 @@ PRESETS: dict[str, Preset] = {
         image_std=IMAGENET_STD,
         generation=GenerationConfig(),
     ),
-    # The published Llama-2 model: EVA ViT-g/14 without its last block, no Q-Former, Llama-2-chat 7B. Its weights are
-    # for the user to convert.
+    # The published models; their weights are for the user to convert. Llama-2: no Q-Former, Llama-2-chat 7B.
     "llama2-7b": Preset(
         model=ModelConfig(
-            vit=VitConfig(
-                image_size=224,
-                patch_size=14,
-                width=1408,
-                num_layers=39,
-                num_heads=16,
-                mlp_width=6144,
-                norm_eps=1e-6,
-            ),
-            llama=LlamaConfig(
-                vocab_size=32000,
-                width=4096,
-                mlp_width=11008,
-                num_layers=32,
-                num_heads=32,
-                num_kv_heads=32,
-                head_dim=128,
-                rope_base=10000.0,
-                norm_eps=1e-5,
-                tie_embeddings=False,
-                max_positions=4096,
-            ),
+            vit=_EVA_VIT_G,
+            qformer=None,
+            llama=replace(_VICUNA_7B, vocab_size=32000, norm_eps=1e-5, max_positions=4096),
             ln_vision_eps=1e-5,
             patches_per_token=4,
         ),
@@ -205,6 +257,13 @@ PRESETS: dict[str, Preset] = {
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
         generation=ORIGINAL_GENERATION,
+    ),
+    # Behind the Q-Former, 32 image tokens; Vicuna v0, which has one row more than LLaMA's vocabulary.
+    "vicuna-7b": _vicuna(_VICUNA_7B),
+    "vicuna-13b": _vicuna(
+        replace(
+            _VICUNA_7B, width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
+        )
     ),
 }
 

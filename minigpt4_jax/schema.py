@@ -18,27 +18,36 @@ def leaves(values: dict[Any, Any], schema: Any, prefix: str = "") -> Iterator[tu
     hints = get_type_hints(schema)
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and dataclasses.is_dataclass(hints.get(str(name))):
-            yield from leaves(value, hints[str(name)], f"{key}.")
+        section = section_of(hints.get(str(name)))
+        if isinstance(value, dict) and value and section is not None:
+            yield from leaves(value, section, f"{key}.")
         else:
             yield key, value
+
+
+def section_of(hint: Any) -> Any:
+    """The dataclass of a section, also of one that may be null; None for a plain value."""
+    candidates = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((each for each in candidates if dataclasses.is_dataclass(each)), None)
 
 
 def hint_of(schema: Any, key: str) -> Any:
     """The type of a dotted key, or None where the schema has no such key."""
     hint = schema
     for name in key.split("."):
-        if not dataclasses.is_dataclass(hint):
+        section = section_of(hint)
+        if section is None:
             return None
-        hint = get_type_hints(hint).get(name)
+        hint = get_type_hints(section).get(name)
     return hint
 
 
 def _known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(schema).items():
         yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
-            yield from _known_keys(hint, f"{prefix}{name}.")
+        section = section_of(hint)
+        if section is not None:
+            yield from _known_keys(section, f"{prefix}{name}.")
 
 
 def suggest(key: str, schema: Any) -> str:

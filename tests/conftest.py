@@ -64,3 +64,18 @@ def tiny_params(tiny_config: ModelConfig, draw_params: Callable[[Any], Any]) -> 
 
     params: dict[str, Any] = draw_params(abstract_params(tiny_config))
     return params
+
+
+@pytest.fixture(scope="session", params=["tiny", "tiny-qformer"])
+def any_config(request: pytest.FixtureRequest) -> ModelConfig:
+    """The two models of the `tiny` tier in turn: image tokens are groups of patches, or a Q-Former's queries."""
+    return PRESETS[request.param].model
+
+
+@pytest.fixture(scope="session")
+def any_params(any_config: ModelConfig, draw_params: Callable[[Any], Any]) -> dict[str, Any]:
+    """As `tiny_params`, of `any_config`."""
+    from minigpt4_jax.models.minigpt4 import abstract_params
+
+    params: dict[str, Any] = draw_params(abstract_params(any_config))
+    return params

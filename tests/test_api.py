@@ -466,7 +466,7 @@ def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
 def test_loading_says_what_is_wrong(
     tiny_params: Any, tokenizer: Tokenizer, projection_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no preset 'huge'; expected one of llama2-7b, smol, tiny"):
+    with pytest.raises(UserError, match="no preset 'huge'; expected one of llama2-7b, smol, tiny,"):
         MiniGPT4.load("huge")
     with pytest.raises(UserError, match="no weights to fetch for preset 'tiny'; expected smol"):
         MiniGPT4.load("tiny", projection=projection_file)

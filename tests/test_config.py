@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -52,9 +52,35 @@ def test_lists_become_tuples_and_dicts_of_dataclasses_are_built() -> None:
     assert made.parts == {"a": Part(rate=7.0)}
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), PRESETS["smol"].model, Whole(steps=3)])
+@pytest.mark.parametrize(
+    "config", [TrainConfig(), PRESETS["smol"].model, PRESETS["vicuna-7b"].model, Whole(steps=3)]
+)
 def test_printed_config_reads_back_equal(config: object, tmp_path: Path) -> None:
     assert load(type(config), write(tmp_path, to_yaml(config))) == config
+
+
+def test_sections_that_may_be_null_are_read_and_checked_like_any_other(tmp_path: Path) -> None:
+    # The Q-Former of a model that has none is null; another's is a section.
+    path = write(tmp_path, to_yaml(PRESETS["tiny-qformer"].model))
+    changed = load(ModelConfig, path, ["qformer.num_queries=7"])
+    assert changed.num_image_tokens == 7
+    without = load(ModelConfig, path, ["qformer=null", "patches_per_token=4"])
+    assert without == PRESETS["tiny"].model
+    with pytest.raises(UserError) as caught:
+        load(ModelConfig, path, ["qformer.querys=7", "qformer.width=wide"])
+    assert "unknown key 'qformer.querys'" in str(caught.value)
+    assert "qformer.width is 'wide'; expected a whole number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"patches_per_token": None}, {"qformer": PRESETS["tiny-qformer"].model.qformer}],
+)
+def test_image_tokens_come_from_patches_or_from_a_qformer_and_not_from_both_or_neither(
+    change: dict[str, Any],
+) -> None:
+    with pytest.raises(UserError, match="expected one of the two and None for the other"):
+        replace(PRESETS["tiny"].model, **change)
 
 
 def test_every_unknown_key_is_named_with_its_source_and_the_closest_key(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import (
     MAX_SEED,
     ORIGINAL_GENERATION,
-    PRESETS,
     GenerationConfig,
     get_preset,
 )
@@ -73,23 +72,59 @@ def test_smol_is_greedy_and_the_published_models_answer_as_in_the_original() -> 
     original = {"max_new_tokens": 300, "temperature": 1.0, "top_k": 50, "top_p": 0.9}
     original |= {"repetition_penalty": 1.05, "seed": None, "num_beams": 1, "length_penalty": 1.0}
     assert dataclasses.asdict(ORIGINAL_GENERATION) == original
-    published = [preset for name, preset in PRESETS.items() if name not in ("tiny", "smol")]
-    assert published
-    assert all(preset.generation == ORIGINAL_GENERATION for preset in published)
+    assert all(get_preset(name).generation == ORIGINAL_GENERATION for name in PUBLISHED)
 
 
-def test_the_llama_2_model_has_the_sizes_of_the_published_one() -> None:
-    def count(tree: Any) -> int:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+COMMON = {"vit": 985_894_528, "ln_vision": 2 * 1408}
+QFORMER = {"qformer": 105_137_664, "query_tokens": 24_576}
+PUBLISHED: dict[str, tuple[int, dict[str, int]]] = {
+    "llama2-7b": (64, COMMON | {"llama": 6_738_415_616, "llama_proj": 23_072_768}),
+    "vicuna-7b": (32, COMMON | QFORMER | {"llama": 6_738_423_808, "llama_proj": 3_149_824}),
+    "vicuna-13b": (32, COMMON | QFORMER | {"llama": 13_015_874_560, "llama_proj": 3_937_280}),
+}
+"""Image tokens, and parameters of each part. Docs and logs of the original name the projections' and the language
+models' numbers, those of the tower and the Q-Former follow from its code."""
 
-    params = abstract_params(get_preset("llama2-7b").model)
-    # The original's own numbers: docs and logs name the projection's and the LLM's, the tower's follows from its code.
-    assert count(params["llama_proj"]) == 23_072_768
-    assert count(params["llama"]) == 6_738_415_616
-    assert count(params["vit"]) == 985_894_528
-    assert get_preset("llama2-7b").model.num_image_tokens == 64
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_as_many_parameters_as_the_original(name: str) -> None:
+    model = get_preset(name).model
+    image_tokens, counts = PUBLISHED[name]
+    found = {
+        part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for part, tree in abstract_params(model).items()
+    }
+    assert found == counts
+    assert model.num_image_tokens == image_tokens
+
+
+def test_the_published_models_have_the_constants_that_no_shape_shows() -> None:
+    seven, thirteen, llama2 = (
+        get_preset(name) for name in ("vicuna-7b", "vicuna-13b", "llama2-7b")
+    )
+    for preset in (seven, thirteen, llama2):
+        llama = preset.model.llama
+        assert (llama.head_dim, llama.rope_base, llama.tie_embeddings) == (128, 10_000.0, False)
+        assert (preset.model.vit.norm_eps, preset.model.ln_vision_eps) == (1e-6, 1e-5)
+        assert (preset.model.vit.image_size, preset.model.vit.num_heads) == (224, 16)
+    for vicuna in (seven, thirteen):
+        assert vicuna.template == "vicuna_v0"
+        llama, qformer = vicuna.model.llama, vicuna.model.qformer
+        assert (llama.vocab_size, llama.norm_eps, llama.max_positions) == (32_001, 1e-6, 2048)
+        assert qformer is not None
+        assert (qformer.num_heads, qformer.cross_attention_every, qformer.norm_eps) == (
+            12,
+            2,
+            1e-12,
+        )
+    llama = llama2.model.llama
+    assert llama2.template == "llama2"
+    assert (llama.vocab_size, llama.norm_eps, llama.max_positions) == (32_000, 1e-5, 4096)
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no preset 'huge'; expected one of llama2-7b, smol, tiny"):
+    with pytest.raises(
+        UserError,
+        match=r"no preset 'huge'; expected one of llama2-7b, smol, tiny, tiny-qf.*, vicuna-7b",
+    ):
         get_preset("huge")

@@ -85,7 +85,8 @@ class Engine:
         self, images: Float[np.ndarray, "I height width 3"]
     ) -> Float[np.ndarray, "I T D"]:
         """Normalised pictures (float32) to image embeddings."""
-        vision = {name: self._params[name] for name in ("vit", "ln_vision", "llama_proj")}
+        parts = (*self.config.vision_parts, "llama_proj")
+        vision = {name: self._params[name] for name in parts}
         return np.asarray(self._encode(vision, images), np.float32)
 
     def stream(

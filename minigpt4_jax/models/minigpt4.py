@@ -1,8 +1,8 @@
-"""MiniGPT-4, the composition: pictures -> image tower -> `ln_vision` -> patch groups -> `llama_proj` -> LLaMA.
+"""MiniGPT-4, the composition: pictures -> image tower -> `ln_vision` -> Q-Former, or patches -> `llama_proj` -> LLM.
 
-Ported from `minigpt4/models/minigpt4.py` and `minigpt_base.py`, the path without a Q-Former (the Q-Former will sit
-between `ln_vision` and `llama_proj`). Differences: text never enters here; a prompt is ids in which `IMAGE_TOKEN_ID`
-marks one slot per image token, so shapes are static; padding is masked instead of shuffled behind the answer.
+Ported from `minigpt4/models/minigpt4.py` and `minigpt_base.py`, with and without the Q-Former. Differences: text never
+enters here; a prompt is ids in which `IMAGE_TOKEN_ID` marks one slot per image token, so shapes are static; padding is
+masked instead of shuffled behind the answer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from minigpt4_jax.models.kv_cache import KVCache
 from minigpt4_jax.models.layers import Dense, LayerNorm
 from minigpt4_jax.models.layout import DISK, Layout
 from minigpt4_jax.models.llama import Llama
+from minigpt4_jax.models.qformer import QFormer
 
 Params = dict[str, Any]
 
@@ -52,12 +53,20 @@ class Output:
 HIDDEN = {
     "vit.blocks": "[L, I, 1+P, C] residual stream after every block of the image tower",
     "ln_vision": "[I, 1+P, C] image tokens after ln_vision, class token first",
+    "qformer.layer": "[1+L, I, Q, E] the normalised query tokens, then the queries after every layer of the Q-Former",
     "image_embeds": "[I, T, D] what llama_proj hands to the language model",
     "inputs_embeds": "[B, S, D] the mixed embedding of the prompt",
     "llama.layers": "[L, B, S, D] residual stream after every layer of the language model",
     "llama.norm": "[B, S, D] after the final norm",
 }
-"""Names that `forward(capture=...)` understands, and what they are."""
+"""Names that `forward(capture=...)` understands, and what they are; those of the Q-Former in models that have one."""
+
+
+def hidden_names(config: ModelConfig) -> list[str]:
+    """Names from `HIDDEN` of what such a model has, sorted."""
+    return sorted(
+        name for name in HIDDEN if config.qformer is not None or not name.startswith("qformer.")
+    )
 
 
 class MiniGPT4(nn.Module):
@@ -71,28 +80,50 @@ class MiniGPT4(nn.Module):
         cfg = self.config
         self.vit = EvaVit(cfg.vit, self.layout.stacked, self.dtype)
         self.ln_vision = LayerNorm(cfg.ln_vision_eps, self.dtype)
+        if cfg.qformer is not None:
+            self.qformer = QFormer(cfg.qformer, self.dtype)
         self.llama_proj = Dense(cfg.llama.width, True, self.dtype)
         self.llama = Llama(cfg.llama, self.layout.stacked, self.layout.fused, self.dtype)
 
-    def encode_vision(
-        self, images: Images
-    ) -> tuple[Float[Array, "I P C"], Float[Array, "L I P C"]]:
-        """The frozen part of the image path: tokens after `ln_vision` (class token first), and every block."""
-        tokens, states = self.vit(images)
-        return self.ln_vision(tokens), states
+    def encode_vision(self, images: Images) -> tuple[Float[Array, "I R C"], dict[str, Array]]:
+        """The frozen part of the image path: what `llama_proj` reads, and the hidden states on the way.
 
-    def project(self, patches: Float[Array, "I P C"]) -> Float[Array, "I T D"]:
-        """The trained part: joins neighbouring patches (class token already dropped) in raster order, projects.
-
-        A group is `patches_per_token` consecutive patches of one row (not a square block), as in `encode_img` of the
-        original.
+        Returns:
+            Features `[I, *config.feature_shape]`: the Q-Former's outputs, or without one the patches after `ln_vision`
+            (class token dropped); and by their names in `HIDDEN` the states that belong to pictures alone.
         """
-        grouped = patches.reshape(patches.shape[0], -1, self.config.projection_in)
+        tokens, blocks = self.vit(images)
+        tokens = self.ln_vision(tokens)
+        states = {"vit.blocks": blocks, "ln_vision": tokens}
+        if self.config.qformer is None:
+            return tokens[:, 1:], states
+        outputs, states["qformer.layer"] = self.query(tokens, image_mask=None)
+        return outputs, states
+
+    @nn.compact  # `query_tokens` is asked for only where the Q-Former runs; in `setup` every method would need it
+    def query(
+        self, tokens: Float[Array, "I P C"], *, image_mask: Bool[Array, "I P"] | None
+    ) -> tuple[Float[Array, "I Q E"], Float[Array, "L I Q E"]]:
+        """The Q-Former on the tokens after `ln_vision`, class token first: see `QFormer.__call__`."""
+        cfg = self.config.qformer
+        assert cfg is not None, "only models with a Q-Former can be asked"
+        shape = (1, cfg.num_queries, cfg.width)
+        query_tokens = self.param("query_tokens", nn.initializers.normal(0.02), shape)
+        return self.qformer(query_tokens, tokens, image_mask=image_mask)
+
+    def project(self, features: Float[Array, "I R C"]) -> Float[Array, "I T D"]:
+        """The trained part: features of pictures to embeddings in the language model's space.
+
+        Behind the Q-Former each row is projected alone. Without one, `patches_per_token` consecutive patches of one
+        row of the picture (not a square block) are joined first, as in `encode_img` of the original. Features of
+        several pictures may follow each other in one row of the batch; so do their tokens.
+        """
+        grouped = features.reshape(features.shape[0], -1, self.config.projection_in)
         return self.llama_proj(grouped)
 
     def encode_images(self, images: Images) -> Float[Array, "I T D"]:
         """Pictures to embeddings in the language model's space."""
-        return self.project(self.encode_vision(images)[0][:, 1:])
+        return self.project(self.encode_vision(images)[0])
 
     def embed_prompt(
         self, token_ids: TokenIds, image_embeds: Float[Array, "B R D"] | None
@@ -124,17 +155,15 @@ class MiniGPT4(nn.Module):
 
     def __call__(self, batch: Batch) -> tuple[Float[Array, "B S V"], dict[str, Array]]:
         rows = batch.images.shape[0]
-        vision, vit_states = self.encode_vision(batch.images.reshape(-1, *batch.images.shape[2:]))
-        image_embeds = self.project(vision[:, 1:])
+        features, named = self.encode_vision(batch.images.reshape(-1, *batch.images.shape[2:]))
+        image_embeds = self.project(features)
         embeds = self.embed_prompt(
             batch.token_ids, image_embeds.reshape(rows, -1, image_embeds.shape[-1])
         )
         positions = make_positions(batch.attention_mask)
         mask = make_causal_mask(batch.attention_mask)
         hidden, _, states = self.decode(embeds, positions=positions, mask=mask, caches=None)
-        named = {
-            "vit.blocks": vit_states,
-            "ln_vision": vision,
+        named |= {
             "image_embeds": image_embeds,
             "inputs_embeds": embeds,
             "llama.layers": states,
@@ -167,14 +196,15 @@ def forward(
         params: a full tree in the layout of `model`.
         batch: see `Batch`. Every row has exactly `N * num_image_tokens` placeholders, or fewer for padded pictures.
         model: from `make_model`; static under jit.
-        capture: names from `HIDDEN` to return beside the logits.
+        capture: names from `hidden_names(config)` to return beside the logits.
 
     Raises:
-        ValueError: `capture` has an unknown name.
+        ValueError: `capture` has a name that this model does not have.
     """
-    unknown = sorted(set(capture) - set(HIDDEN))
+    known = hidden_names(model.config)
+    unknown = sorted(set(capture) - set(known))
     if unknown:
-        raise ValueError(f"Unknown hidden states {unknown}; expected any of {sorted(HIDDEN)}.")
+        raise ValueError(f"Unknown hidden states {unknown}; expected any of {known}.")
     logits, hidden = model.apply({"params": params}, batch)
     return Output(logits=logits, hidden={name: hidden[name] for name in capture})
 

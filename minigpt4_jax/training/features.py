@@ -1,8 +1,9 @@
 """Frozen vision features, computed once per picture and kept in a memory-mapped float16 file.
 
 Exact as long as a picture is always seen the same way (no random crop): the tower is frozen. The file is keyed by the
-pictures, the preprocessing and the tower's weights; a file with another key is not used. A picture that cannot be
-decoded is noted beside the file. Not for: sets too large to be encoded beforehand (`vision.py` encodes in the loop).
+pictures, the preprocessing and the weights of the tower (and the Q-Former); a file with another key is not used. A
+picture that cannot be decoded is noted beside the file. Not for: sets too large to be encoded beforehand (`vision.py`
+encodes in the loop).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import jax
 import numpy as np
 from jaxtyping import Float16
 
-from minigpt4_jax.config import UserError
+from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.data.faults import SampleFault
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, apply_method
 
-Features = Float16[np.ndarray, "N P C"]
+Features = Float16[np.ndarray, "N R C"]
 
 
 class Encoded(NamedTuple):
@@ -33,10 +34,12 @@ class Encoded(NamedTuple):
     """By row: pictures that could not be decoded. Their features are zeros and must not be used."""
 
 
-def fingerprint(images: Iterable[bytes], params: Params, *, preprocessing: str) -> str:
-    """SHA-256 over every picture's file, the preprocessing's description and the tower's weights."""
+def fingerprint(
+    images: Iterable[bytes], params: Params, *, config: ModelConfig, preprocessing: str
+) -> str:
+    """SHA-256 over every picture's file, the preprocessing's description and the weights that make features."""
     digest = hashlib.sha256(preprocessing.encode())
-    for leaf in jax.tree.leaves({"vit": params["vit"], "ln_vision": params["ln_vision"]}):
+    for leaf in jax.tree.leaves({name: params[name] for name in config.vision_parts}):
         digest.update(np.asarray(leaf).tobytes())
     for data in images:
         digest.update(hashlib.sha256(data).digest())
@@ -54,7 +57,7 @@ def encode_features(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Encoded:
-    """Returns features `[N, P, C]` (class token dropped) of `count` pictures, from `folder` if they are there.
+    """Returns features `[N, *config.feature_shape]` of `count` pictures, from `folder` if they are there.
 
     An interrupted encoding continues where it stopped. Half a file never passes for a whole one: it has another name
     until the last row is written.
@@ -67,8 +70,8 @@ def encode_features(
     Raises:
         UserError: the finished file does not have the expected shape.
     """
-    cfg = model.config.vit
-    shape = (count, cfg.num_patches, cfg.width)
+    size = model.config.vit.image_size
+    shape = (count, *model.config.feature_shape)
     folder.mkdir(parents=True, exist_ok=True)
     done_path, faults_path = folder / f"{key[:16]}.npy", folder / f"{key[:16]}.faults.json"
     if done_path.exists():
@@ -93,11 +96,11 @@ def encode_features(
         with partial.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
     encode = make_encoder(model)
-    vision = {"vit": params["vit"], "ln_vision": params["ln_vision"]}
+    vision = {name: params[name] for name in model.config.vision_parts}
     advance(start)
     for first in range(start, count, batch_size):
         last = min(count, first + batch_size)
-        pixels = np.zeros((batch_size, cfg.image_size, cfg.image_size, 3), np.float32)
+        pixels = np.zeros((batch_size, size, size, 3), np.float32)
         bad = []
         for row in range(first, last):
             try:
@@ -119,8 +122,8 @@ def encode_features(
 
 
 def make_encoder(model: MiniGPT4) -> Callable[[Params, np.ndarray], jax.Array]:
-    """The compiled tower: `vit` and `ln_vision` parameters and pixels [B, H, W, 3] to patches [B, P, C]."""
-    return jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0][:, 1:])
+    """The compiled image path: the parameters `vision_parts` and pixels [B, H, W, 3] to features [B, R, C]."""
+    return jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0])
 
 
 def _read_faults(faults: dict[str, list[str]]) -> dict[int, SampleFault]:

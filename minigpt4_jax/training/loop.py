@@ -60,7 +60,7 @@ def train(
     """Trains the projection and returns it. Called again with the same `workdir`, it goes on where it stopped.
 
     Args:
-        params: the frozen parameters (`vit`, `ln_vision`, `llama`) in the `DISK` layout, float32.
+        params: the frozen parameters (all but `llama_proj`) in the `DISK` layout, float32.
         start: the projection to start from when `config.init_projection` names a file (the entry point read it).
         save_projection: called with `<workdir>/projection.safetensors` when the last step is done.
 
@@ -288,7 +288,7 @@ def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
         target_positions=jnp.asarray(batch["target_positions"]),
         target_ids=jnp.asarray(batch["target_ids"]),
         target_mask=jnp.asarray(batch["target_mask"]),
-        patches=vision.patches(batch),
+        features=vision.features_of(batch),
     )
 
 

@@ -36,8 +36,8 @@ class TrainBatch:
     target_ids: Int[Array, "B A"]
     target_mask: Bool[Array, "B A"]
     """True = this target counts in the loss."""
-    patches: Float[Array, "B P C"]
-    """Frozen vision features of the row's picture, after `ln_vision`, class token dropped."""
+    features: Float[Array, "B R C"]
+    """Frozen vision features of the row's pictures: see `MiniGPT4.encode_vision`."""
 
 
 def init_state(projection: Projection, tx: optax.GradientTransformation) -> TrainState:

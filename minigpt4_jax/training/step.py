@@ -20,7 +20,7 @@ from minigpt4_jax.training.loss import cross_entropy
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState
 
 Frozen = dict[str, Any]
-"""The parameter tree without `vit` (`vision.py` has its features) and without `llama_proj`."""
+"""The parameter tree without `llama_proj` and without what makes features of pictures (`vision.py` has these)."""
 
 
 class StepNumbers(NamedTuple):
@@ -39,7 +39,7 @@ def answer_logits(
 ) -> tuple[Float[Array, "B A V"], Float[Array, "B T D"]]:
     """Logits at the places that predict the batch's targets, and the image tokens that they were given."""
     params = {**frozen, "llama_proj": projection}
-    image_embeds = apply_method(model, params, "project", batch.patches)
+    image_embeds = apply_method(model, params, "project", batch.features)
     embeds = apply_method(model, params, "embed_prompt", batch.token_ids, image_embeds)
     hidden, _, _ = apply_method(
         model,

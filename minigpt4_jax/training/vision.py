@@ -49,13 +49,13 @@ class CachedVision:
         self.bad_images = encoded.faults
         """Pictures known to be broken, by `image_index`."""
 
-    def patches(self, batch: Batch) -> Float[Array, "B P C"]:
-        """After `ln_vision`, class token dropped, float32."""
+    def features_of(self, batch: Batch) -> Float[Array, "B R C"]:
+        """Of the batch's pictures, as `MiniGPT4.encode_vision` makes them; float32."""
         return jnp.asarray(self.features[batch["image_index"]], jnp.float32)
 
 
 class PixelVision:
-    """The frozen tower on the batch's pixels."""
+    """The frozen tower, and the Q-Former if there is one, on the batch's pixels."""
 
     def __init__(
         self, preset: Preset, params: Params, *, dtype: Any, pictures: PictureReader
@@ -65,11 +65,11 @@ class PixelVision:
         self._encode = make_encoder(make_model(preset.model, layout=DISK, dtype=dtype))
         self._params = jax.tree.map(
             lambda leaf: jnp.asarray(leaf, dtype),
-            {"vit": params["vit"], "ln_vision": params["ln_vision"]},
+            {name: params[name] for name in preset.model.vision_parts},
         )
 
-    def patches(self, batch: Batch) -> Float[Array, "B P C"]:
-        """As `CachedVision.patches`."""
+    def features_of(self, batch: Batch) -> Float[Array, "B R C"]:
+        """As `CachedVision.features_of`."""
         return self._encode(self._params, batch["pixels"]).astype(jnp.float32)
 
 
@@ -102,7 +102,7 @@ def prepare_features(
     """Features of every picture of every source, numbered through in the order of `parts`."""
     places = [(part, row) for part in parts for row in range(part.source.num_images)]
     described = f"square bicubic {pictures.size} {pictures.mean} {pictures.std}"
-    key = fingerprint(_files(places), params, preprocessing=described)
+    key = fingerprint(_files(places), params, config=preset.model, preprocessing=described)
     unused = np.random.default_rng(0)  # a cached picture is never cropped
 
     def preprocess(number: int) -> np.ndarray:

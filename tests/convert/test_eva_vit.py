@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from convert import eva_vit as tables
-from convert.rules import ConversionError, Rule, convert
+from convert.rules import ConversionError, Rule, convert, flatten
 from convert.sources import ArraySource
 from minigpt4_jax.config import ModelConfig, UserError, VitConfig
 from minigpt4_jax.models.eva_vit import resize_pos_embed
@@ -257,3 +257,92 @@ def test_dino_positions_are_joined_and_resized(vit: VitConfig, dino_arrays: Arra
     np.testing.assert_array_equal(done[:, :1], cls)
     joined = np.concatenate([cls, patches], axis=1)
     np.testing.assert_array_equal(done, resize_pos_embed(joined, vit.grid))
+
+
+# --- BLIP-2 of Hugging Face -------------------------------------------------------------------------------------------
+
+
+def as_hf(eva_arrays: Arrays, config: VitConfig) -> Arrays:
+    """The same tower under Hugging Face's names, which give q, k and v one bias, with what such files hold besides."""
+    renamed = {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+    }
+    inside = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.projection"}
+    inside |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "attn.qkv": "self_attn.qkv"}
+    for i in range(config.num_layers):
+        for eva, hf in inside.items():
+            for leaf in ("weight", "bias"):
+                renamed[f"blocks.{i}.{eva}.{leaf}"] = f"encoder.layers.{i}.{hf}.{leaf}"
+    found = {
+        f"vision_model.{hf}": eva_arrays[eva] for eva, hf in renamed.items() if eva in eva_arrays
+    }
+    for i in range(config.num_layers):
+        q, v = (eva_arrays[f"blocks.{i}.attn.{x}_bias"] for x in "qv")
+        name = f"vision_model.encoder.layers.{i}.self_attn.qkv.bias"
+        found[name] = np.concatenate([q, np.zeros_like(q), v])
+    extras = ("vision_model.post_layernorm.weight", "query_tokens", "qformer.layernorm.weight")
+    extras += ("language_projection.bias", "language_model.lm_head.weight")
+    return found | {name: np.ones(2, np.float32) for name in extras}
+
+
+def test_hf_tower_converts_to_the_same_parameters_as_the_original_file(
+    vit: VitConfig, target: dict[str, Any], eva_arrays: Arrays
+) -> None:
+    eva = convert(
+        ArraySource(eva_arrays),
+        tables.eva_rules(vit),
+        excuses=tables.eva_excuses(vit),
+        target=target["vit"],
+    )
+    held = as_hf(eva_arrays, vit)
+    done = convert(
+        ArraySource(held),
+        tables.hf_vit_rules(vit),
+        excuses=tables.HF_VIT_EXCUSES,
+        target=target["vit"],
+    )
+    found, expected = dict(flatten(done.params)), dict(flatten(eva.params))
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    left_out = {name for name, _ in done.excused}
+    assert left_out == {name for name in held if "vision_model.e" not in name}
+
+
+def test_hf_bias_of_the_keys_must_be_zero(
+    vit: VitConfig, target: dict[str, Any], eva_arrays: Arrays
+) -> None:
+    held = as_hf(eva_arrays, vit)
+    held["vision_model.encoder.layers.1.self_attn.qkv.bias"][vit.width + 3] = 1e-8
+    with pytest.raises(
+        ConversionError, match=r"layers\.1\..*: 1 of the 32 biases of k are not zero"
+    ):
+        convert(
+            ArraySource(held),
+            tables.hf_vit_rules(vit),
+            excuses=tables.HF_VIT_EXCUSES,
+            target=target["vit"],
+        )
+
+
+def test_hf_config_reads_what_the_file_shows(vit: VitConfig, eva_arrays: Arrays) -> None:
+    sizes = {"grid": vit.grid, "num_layers": vit.num_layers, "num_heads": vit.num_heads}
+    assert tables.hf_vit_config(ArraySource(as_hf(eva_arrays, vit)), **sizes) == vit
+    with pytest.raises(
+        UserError, match=r"has no vision_model\.embeddings\.patch_embedding\.weight"
+    ):
+        tables.hf_vit_config(ArraySource(eva_arrays), **sizes)
+
+
+def test_ln_vision_without_a_qformer_changes_nothing(
+    vit: VitConfig, target: dict[str, Any]
+) -> None:
+    plain = tables.plain_ln_vision(vit)
+    assert {name: x.shape for name, x in plain.items()} == {
+        name: x.shape for name, x in target["ln_vision"].items()
+    }
+    assert (plain["scale"] == 1).all()
+    assert not plain["bias"].any()

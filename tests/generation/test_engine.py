@@ -391,18 +391,17 @@ def test_a_context_beyond_the_models_positions_is_refused(
         Engine(tiny_params, tiny_config, dtype=jnp.float32, context=257)
 
 
-def test_pictures_are_encoded_as_the_model_does(
-    engine: Engine, tiny_params: Any, tiny_config: ModelConfig
-) -> None:
-    size = tiny_config.vit.image_size
+def test_pictures_are_encoded_as_the_model_does(any_params: Any, any_config: ModelConfig) -> None:
+    size = any_config.vit.image_size
     images = np.random.default_rng(12).normal(size=(3, size, size, 3)).astype(np.float32)
-    model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
+    model = make_model(any_config, layout=DISK, dtype=jnp.float32)
     expected = jax.jit(
         lambda params, x: model.apply({"params": params}, x, method="encode_images")
-    )(tiny_params, images)
+    )(any_params, images)
+    engine = Engine(any_params, any_config, dtype=jnp.float32, context=CONTEXT)
     found = engine.encode_images(images)
     assert found.dtype == np.float32
-    assert found.shape == (3, tiny_config.num_image_tokens, tiny_config.llama.width)
+    assert found.shape == (3, any_config.num_image_tokens, any_config.llama.width)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 

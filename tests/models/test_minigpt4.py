@@ -20,6 +20,7 @@ from minigpt4_jax.models.minigpt4 import (
     MiniGPT4,
     abstract_params,
     forward,
+    hidden_names,
     make_model,
     make_positions,
 )
@@ -28,8 +29,8 @@ X = IMAGE_TOKEN_ID
 
 
 @pytest.fixture(scope="module")
-def model(tiny_config: ModelConfig) -> MiniGPT4:
-    return make_model(tiny_config, layout=DISK, dtype=jnp.float32)
+def model(any_config: ModelConfig) -> MiniGPT4:
+    return make_model(any_config, layout=DISK, dtype=jnp.float32)
 
 
 def embed(model: MiniGPT4, params: Any, token_ids: Any, image_embeds: Any) -> np.ndarray:
@@ -48,12 +49,12 @@ def image_rows(model: MiniGPT4, batch: int, rows: int) -> jax.Array:
 
 
 def test_slots_take_the_rows_in_order_and_text_keeps_its_embedding(
-    model: MiniGPT4, tiny_params: Any
+    model: MiniGPT4, any_params: Any
 ) -> None:
     # Two pictures of two tokens in the first row, in one run and apart in the second; one picture in the third.
     token_ids = [[5, X, X, 6, X, X, 7], [X, 5, X, X, X, 6, 7], [5, 6, 7, 8, 9, X, X]]
-    found = embed(model, tiny_params, token_ids, image_rows(model, 3, 4))
-    embedding = np.asarray(tiny_params["llama"]["embed_tokens"]["embedding"])
+    found = embed(model, any_params, token_ids, image_rows(model, 3, 4))
+    embedding = np.asarray(any_params["llama"]["embed_tokens"]["embedding"])
     for row, ids in enumerate(token_ids):
         rank = 0
         for place, token in enumerate(ids):
@@ -64,16 +65,16 @@ def test_slots_take_the_rows_in_order_and_text_keeps_its_embedding(
                 np.testing.assert_array_equal(found[row, place], embedding[token])
 
 
-def test_every_text_id_keeps_its_own_embedding(model: MiniGPT4, tiny_params: Any) -> None:
+def test_every_text_id_keeps_its_own_embedding(model: MiniGPT4, any_params: Any) -> None:
     # The placeholder is below zero, where no vocabulary has an id: id 0 and the last id are text like any other.
     vocab = model.config.llama.vocab_size
-    found = embed(model, tiny_params, np.arange(vocab)[None], image_rows(model, 1, 4))
-    np.testing.assert_array_equal(found[0], tiny_params["llama"]["embed_tokens"]["embedding"])
+    found = embed(model, any_params, np.arange(vocab)[None], image_rows(model, 1, 4))
+    np.testing.assert_array_equal(found[0], any_params["llama"]["embed_tokens"]["embedding"])
     assert not 0 <= IMAGE_TOKEN_ID < vocab
 
 
 def test_prompts_of_one_length_compile_once_however_many_pictures_they_show(
-    model: MiniGPT4, tiny_params: Any
+    model: MiniGPT4, any_params: Any
 ) -> None:
     traces = 0
 
@@ -81,55 +82,76 @@ def test_prompts_of_one_length_compile_once_however_many_pictures_they_show(
     def run(token_ids: jax.Array, rows: jax.Array) -> jax.Array:
         nonlocal traces
         traces += 1
-        return model.apply({"params": tiny_params}, token_ids, rows, method="embed_prompt")
+        return model.apply({"params": any_params}, token_ids, rows, method="embed_prompt")
 
     rows = image_rows(model, 1, 4)
     for ids in ([X, X, X, X, 1, 2], [1, X, X, 2, X, X], [1, 2, 3, 4, 5, 6]):
         np.testing.assert_array_equal(
-            run(jnp.asarray([ids]), rows), embed(model, tiny_params, [ids], rows)
+            run(jnp.asarray([ids]), rows), embed(model, any_params, [ids], rows)
         )
     assert traces == 1
 
 
-def test_a_prompt_without_pictures_needs_no_rows(model: MiniGPT4, tiny_params: Any) -> None:
-    with_rows = embed(model, tiny_params, [[1, 2, 3]], image_rows(model, 1, 4))
-    np.testing.assert_array_equal(embed(model, tiny_params, [[1, 2, 3]], None), with_rows)
+def test_a_prompt_without_pictures_needs_no_rows(model: MiniGPT4, any_params: Any) -> None:
+    with_rows = embed(model, any_params, [[1, 2, 3]], image_rows(model, 1, 4))
+    np.testing.assert_array_equal(embed(model, any_params, [[1, 2, 3]], None), with_rows)
 
 
-def test_neighbouring_patches_are_joined_in_raster_order(
-    model: MiniGPT4, tiny_params: Any, tiny_config: ModelConfig
+def test_neighbouring_patches_are_joined_in_raster_order_and_query_outputs_stay_alone(
+    model: MiniGPT4, any_params: Any, any_config: ModelConfig
 ) -> None:
-    patches = np.random.default_rng(7).normal(
-        size=(2, tiny_config.vit.num_patches, tiny_config.vit.width)
-    )
-    proj, group = jax.tree.map(np.asarray, tiny_params["llama_proj"]), tiny_config.patches_per_token
+    patches = np.random.default_rng(7).normal(size=(2, *any_config.feature_shape))
+    proj = jax.tree.map(np.asarray, any_params["llama_proj"])
+    group = 1 if any_config.patches_per_token is None else any_config.patches_per_token
     found = model.apply(
         {"params": {"llama_proj": proj}}, jnp.asarray(patches, jnp.float32), method="project"
     )
-    assert found.shape == (2, tiny_config.num_image_tokens, tiny_config.llama.width)
-    for token in range(tiny_config.num_image_tokens):
+    assert found.shape == (2, any_config.num_image_tokens, any_config.llama.width)
+    for token in range(any_config.num_image_tokens):
         joined = np.concatenate([patches[:, token * group + i] for i in range(group)], axis=-1)
         expected = joined @ proj["kernel"] + proj["bias"]
         np.testing.assert_allclose(found[:, token], expected, rtol=0, atol=1e-5)
 
 
-def test_the_class_token_is_normalised_with_the_rest_and_then_dropped(
-    model: MiniGPT4, tiny_params: Any, tiny_config: ModelConfig
+def test_the_class_token_is_normalised_with_the_rest_and_kept_for_the_qformer_alone(
+    model: MiniGPT4, any_params: Any, any_config: ModelConfig
 ) -> None:
-    size = tiny_config.vit.image_size
+    size = any_config.vit.image_size
     images = jnp.asarray(np.random.default_rng(8).normal(size=(1, size, size, 3)), jnp.float32)
-    variables = {"params": tiny_params}
-    tokens, states = model.apply(variables, images, method="encode_vision")
-    last = np.asarray(states[-1], np.float64)
+    variables = {"params": any_params}
+    features, states = model.apply(variables, images, method="encode_vision")
+    tokens = states["ln_vision"]
+    last = np.asarray(states["vit.blocks"][-1], np.float64)
     centred = last - last.mean(-1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + tiny_config.ln_vision_eps)
-    norm = jax.tree.map(np.asarray, tiny_params["ln_vision"])
+    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + any_config.ln_vision_eps)
+    norm = jax.tree.map(np.asarray, any_params["ln_vision"])
     expected = normed * norm["scale"] + norm["bias"]
     np.testing.assert_allclose(tokens, expected, rtol=0, atol=1e-5)
+    assert features.shape[1:] == any_config.feature_shape
+    if any_config.qformer is None:
+        np.testing.assert_array_equal(features, tokens[:, 1:])
+    else:
+        asked, queries = model.apply(variables, tokens, image_mask=None, method="query")
+        np.testing.assert_array_equal(features, asked)
+        np.testing.assert_array_equal(states["qformer.layer"], queries)
+        mask = jnp.ones(tokens.shape[:2], bool).at[:, 0].set(False)
+        without, _ = model.apply(variables, tokens, image_mask=mask, method="query")
+        assert (np.abs(features - without).max((0, 2)) > 1e-3).all()  # every query sees it
     np.testing.assert_array_equal(
         model.apply(variables, images, method="encode_images"),
-        model.apply(variables, tokens[:, 1:], method="project"),
+        model.apply(variables, features, method="project"),
     )
+
+
+def test_features_of_several_pictures_in_one_row_become_their_tokens_in_order(
+    model: MiniGPT4, any_params: Any, any_config: ModelConfig
+) -> None:
+    features = np.random.default_rng(7).normal(size=(3, *any_config.feature_shape))
+    rows, width = jnp.asarray(features, jnp.float32), any_config.feature_shape[1]
+    params = {"params": {"llama_proj": any_params["llama_proj"]}}
+    apart = model.apply(params, rows, method="project")
+    joined = model.apply(params, rows.reshape(1, -1, width), method="project")
+    np.testing.assert_allclose(joined[0], apart.reshape(-1, apart.shape[-1]), rtol=0, atol=1e-5)
 
 
 # --- forward ---
@@ -150,9 +172,9 @@ def make_batch(config: ModelConfig, *, seed: int = 9) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def run(model: MiniGPT4, tiny_params: Any) -> Any:
+def run(model: MiniGPT4, any_params: Any) -> Any:
     compiled = jax.jit(
-        lambda batch: forward(tiny_params, batch, model=model, capture=tuple(HIDDEN))
+        lambda batch: forward(any_params, batch, model=model, capture=hidden_names(model.config))
     )
 
     def call(batch: Batch) -> SimpleNamespace:
@@ -164,19 +186,23 @@ def run(model: MiniGPT4, tiny_params: Any) -> Any:
 
 
 def test_hidden_states_come_by_name_with_the_documented_shapes(
-    run: Any, tiny_config: ModelConfig
+    run: Any, any_config: ModelConfig
 ) -> None:
-    batch = make_batch(tiny_config)
+    batch = make_batch(any_config)
     output = run(batch)
-    vit, llama = tiny_config.vit, tiny_config.llama
+    vit, llama = any_config.vit, any_config.llama
     rows, length = batch.token_ids.shape
     sizes = {
         "L": llama.num_layers, "I": 4, "1+P": 1 + vit.num_patches, "C": vit.width, "D": llama.width,
-        "T": tiny_config.num_image_tokens, "B": rows, "S": length,
+        "T": any_config.num_image_tokens, "B": rows, "S": length,
     }  # fmt: skip
     assert vit.num_layers == llama.num_layers
-    assert set(output.hidden) == set(HIDDEN)
-    for name, meaning in HIDDEN.items():
+    if (qformer := any_config.qformer) is not None:
+        sizes |= {"1+L": 1 + qformer.num_layers, "Q": qformer.num_queries, "E": qformer.width}
+    missing = {"qformer.layer"} if qformer is None else set()
+    assert set(output.hidden) == set(HIDDEN) - missing
+    for name in output.hidden:
+        meaning = HIDDEN[name]
         letters = meaning[1 : meaning.index("]")].split(", ")
         assert output.hidden[name].shape == tuple(sizes[letter] for letter in letters), name
     assert output.logits.shape == (rows, length, llama.vocab_size)
@@ -184,68 +210,68 @@ def test_hidden_states_come_by_name_with_the_documented_shapes(
 
 
 def test_hidden_states_are_the_ones_on_the_way_to_the_logits(
-    run: Any, model: MiniGPT4, tiny_params: Any, tiny_config: ModelConfig
+    run: Any, model: MiniGPT4, any_params: Any, any_config: ModelConfig
 ) -> None:
-    batch = make_batch(tiny_config)
+    batch = make_batch(any_config)
     output = run(batch)
     hidden = output.hidden
-    embedding = np.asarray(tiny_params["llama"]["embed_tokens"]["embedding"])
+    embedding = np.asarray(any_params["llama"]["embed_tokens"]["embedding"])
     np.testing.assert_allclose(hidden["llama.norm"] @ embedding.T, output.logits, rtol=0, atol=1e-4)
     slots = np.asarray(batch.token_ids) == X
-    pictures = hidden["image_embeds"].reshape(2, -1, tiny_config.llama.width)
+    pictures = hidden["image_embeds"].reshape(2, -1, any_config.llama.width)
     np.testing.assert_array_equal(hidden["inputs_embeds"][slots], pictures.reshape(-1, 32))
     np.testing.assert_array_equal(
         hidden["inputs_embeds"][~slots], embedding[np.asarray(batch.token_ids)[~slots]]
     )
-    projected = model.apply(
-        {"params": tiny_params}, jnp.asarray(hidden["ln_vision"][:, 1:]), method="project"
-    )
+    queries = hidden.get("qformer.layer")
+    features = hidden["ln_vision"][:, 1:] if queries is None else queries[-1]
+    projected = model.apply({"params": any_params}, jnp.asarray(features), method="project")
     np.testing.assert_allclose(projected, hidden["image_embeds"], rtol=0, atol=1e-5)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(
-    model: MiniGPT4, tiny_params: Any, tiny_config: ModelConfig
+    model: MiniGPT4, any_params: Any, any_config: ModelConfig
 ) -> None:
     with pytest.raises(ValueError, match=r"\['nonsense'\]; expected any of \['image_embeds'"):
         forward(
-            tiny_params,
-            make_batch(tiny_config),
+            any_params,
+            make_batch(any_config),
             model=model,
             capture=("llama.norm", "nonsense"),
         )
 
 
 def test_nothing_is_captured_unless_asked_for(
-    model: MiniGPT4, tiny_params: Any, tiny_config: ModelConfig
+    model: MiniGPT4, any_params: Any, any_config: ModelConfig
 ) -> None:
     captured: list[dict[str, Any]] = []
 
     def run(batch: Batch) -> jax.Array:
-        output = forward(tiny_params, batch, model=model)
+        output = forward(any_params, batch, model=model)
         captured.append(output.hidden)
         return output.logits
 
-    jax.eval_shape(run, make_batch(tiny_config))
+    jax.eval_shape(run, make_batch(any_config))
     assert captured == [{}]
 
 
 @pytest.mark.parametrize("picture", [0, 1])
 def test_a_changed_picture_changes_nothing_before_its_first_slot(
-    picture: int, run: Any, tiny_config: ModelConfig
+    picture: int, run: Any, any_config: ModelConfig
 ) -> None:
-    batch = make_batch(tiny_config)
+    batch = make_batch(any_config)
     before = run(batch).logits
     changed = batch.replace(images=batch.images.at[0, picture].add(0.5))
     after = run(changed).logits
-    slots = tiny_config.num_image_tokens
+    slots = any_config.num_image_tokens
     first = 2 if picture == 0 else 5 + slots
     np.testing.assert_array_equal(after[0, :first], before[0, :first])
     assert (np.abs(after[0, first:] - before[0, first:]).max(-1) > 1e-3).all()
     np.testing.assert_array_equal(after[1], before[1])
 
 
-def test_a_token_changes_nothing_before_it(run: Any, tiny_config: ModelConfig) -> None:
-    batch = make_batch(tiny_config)
+def test_a_token_changes_nothing_before_it(run: Any, any_config: ModelConfig) -> None:
+    batch = make_batch(any_config)
     before = run(batch).logits
     place = batch.token_ids.shape[1] - 2
     after = run(batch.replace(token_ids=batch.token_ids.at[0, place].add(-1))).logits
@@ -253,8 +279,8 @@ def test_a_token_changes_nothing_before_it(run: Any, tiny_config: ModelConfig) -
     assert np.abs(after[0, place] - before[0, place]).max() > 1e-3
 
 
-def test_left_padding_right_padding_and_none_agree(run: Any, tiny_config: ModelConfig) -> None:
-    batch = make_batch(tiny_config)
+def test_left_padding_right_padding_and_none_agree(run: Any, any_config: ModelConfig) -> None:
+    batch = make_batch(any_config)
     plain = run(batch).logits
     length, pad = batch.token_ids.shape[1], 6
     for left in (0, pad):
@@ -268,8 +294,8 @@ def test_left_padding_right_padding_and_none_agree(run: Any, tiny_config: ModelC
         np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5)
 
 
-def test_rows_of_a_batch_do_not_see_each_other(run: Any, tiny_config: ModelConfig) -> None:
-    batch = make_batch(tiny_config)
+def test_rows_of_a_batch_do_not_see_each_other(run: Any, any_config: ModelConfig) -> None:
+    batch = make_batch(any_config)
     together = run(batch).logits
     for row in range(2):
         alone = run(jax.tree.map(lambda leaf: leaf[row : row + 1], batch)).logits  # noqa: B023
@@ -277,10 +303,10 @@ def test_rows_of_a_batch_do_not_see_each_other(run: Any, tiny_config: ModelConfi
 
 
 def test_rows_with_fewer_pictures_ignore_the_padding_pictures(
-    run: Any, tiny_config: ModelConfig
+    run: Any, any_config: ModelConfig
 ) -> None:
-    batch = make_batch(tiny_config)
-    slots = tiny_config.num_image_tokens
+    batch = make_batch(any_config)
+    slots = any_config.num_image_tokens
     # Row 0 shows one picture; its second place holds anything.
     token_ids = batch.token_ids.at[0, 5 + slots : 5 + 2 * slots].set(7)
     batch = batch.replace(token_ids=token_ids)
@@ -310,26 +336,45 @@ llama/layers/{l}/self_attn/q_proj/kernel llama/layers/{l}/self_attn/k_proj/kerne
 llama/layers/{l}/self_attn/v_proj/kernel llama/layers/{l}/self_attn/o_proj/kernel
 llama/layers/{l}/mlp/gate_proj/kernel llama/layers/{l}/mlp/up_proj/kernel llama/layers/{l}/mlp/down_proj/kernel
 """
+QFORMER_TREE = """
+query_tokens qformer/norm/scale qformer/norm/bias
+qformer/layer/{q}/attention/{p}_proj/kernel qformer/layer/{q}/attention/{p}_proj/bias
+qformer/layer/{q}/attention_norm/scale qformer/layer/{q}/attention_norm/bias
+qformer/layer/{c}/cross_attention/{p}_proj/kernel qformer/layer/{c}/cross_attention/{p}_proj/bias
+qformer/layer/{c}/cross_attention_norm/scale qformer/layer/{c}/cross_attention_norm/bias
+qformer/layer/{q}/mlp/fc1/kernel qformer/layer/{q}/mlp/fc1/bias qformer/layer/{q}/mlp/fc2/kernel
+qformer/layer/{q}/mlp/fc2/bias qformer/layer/{q}/mlp_norm/scale qformer/layer/{q}/mlp_norm/bias
+"""
+"""`c`: the layers with cross-attention, 0 and 2 of `tiny-qformer`'s three."""
 
 
 def expected_names(config: ModelConfig) -> set[str]:
-    return {
+    names = {
         name.format(v=v, l=layer)
         for name in TREE.split()
         for v in range(config.vit.num_layers)
         for layer in range(config.llama.num_layers)
     }
+    if config.qformer is None:
+        return names
+    return names | {
+        name.format(q=q, c=c, p=p)
+        for name in QFORMER_TREE.split()
+        for q in (0, 1, 2)
+        for c in (0, 2)
+        for p in "qkvo"
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_parameter_tree_has_exactly_the_agreed_names(
-    tied: bool, tiny_config: ModelConfig
+    tied: bool, any_config: ModelConfig
 ) -> None:
-    llama = dataclasses.replace(tiny_config.llama, tie_embeddings=tied)
-    config = dataclasses.replace(tiny_config, llama=llama)
+    llama = dataclasses.replace(any_config.llama, tie_embeddings=tied)
+    config = dataclasses.replace(any_config, llama=llama)
     names = leaf_names(abstract_params(config))
     head = set() if tied else {"llama/lm_head/kernel"}
     assert set(names) == expected_names(config) | head
     assert {leaf.dtype for leaf in names.values()} == {jnp.dtype("float32")}
     assert names["vit/patch_embed/kernel"].shape == (7, 7, 3, 32)
-    assert names["llama_proj/kernel"].shape == (4 * 32, 32)
+    assert names["llama_proj/kernel"].shape == (4 * 32 if config.qformer is None else 24, 32)

@@ -101,9 +101,10 @@ def test_every_hidden_state_of_the_real_tower_equals_onnxruntime(
     tower = {"vit": params["vit"], "ln_vision": params["ln_vision"]}
     stacked = convert_layout(tower, DISK, TRAIN, llama=CONFIG.llama)
     model = make_model(CONFIG, layout=TRAIN, dtype=jnp.float32)
-    final, blocks = jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x))(
+    _, states = jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x))(
         stacked, jnp.asarray(images)
     )
+    blocks, final = states["vit.blocks"], states["ln_vision"]
     worst = (0.0, 0.0)
     for name, found in zip(NAMES, [*blocks, final], strict=True):
         errors = relative_errors(np.asarray(found), expected[name])

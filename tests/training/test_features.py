@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,17 @@ def images() -> list[bytes]:
 
 
 @pytest.fixture
-def encode(tmp_path: Path, tiny_config: ModelConfig, tiny_params: Any) -> Callable[..., Any]:
-    model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
+def encode(tmp_path: Path, any_config: ModelConfig, any_params: Any) -> Callable[..., Any]:
+    model = make_model(any_config, layout=DISK, dtype=jnp.float32)
 
     def call(images: list[bytes], preprocess: Any = pixels, folder: str = "cache") -> Any:
         advanced: list[int] = []
         encoded = encode_features(
             len(images),
             folder=tmp_path / folder,
-            key=fingerprint(images, tiny_params, preprocessing="p"),
+            key=fingerprint(images, any_params, config=any_config, preprocessing="p"),
             model=model,
-            params=tiny_params,
+            params=any_params,
             preprocess=lambda row: preprocess(images[row]),
             batch_size=BATCH,
             advance=advanced.append,
@@ -53,21 +53,19 @@ def encode(tmp_path: Path, tiny_config: ModelConfig, tiny_params: Any) -> Callab
     return call
 
 
-def test_features_are_what_the_model_says_without_the_class_token(
-    encode: Any, images: list[bytes], tiny_config: ModelConfig, tiny_params: Any
+def test_features_are_what_the_projection_reads(
+    encode: Any, images: list[bytes], any_config: ModelConfig, any_params: Any
 ) -> None:
     features = encode(images).features
-    model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
+    model = make_model(any_config, layout=DISK, dtype=jnp.float32)
     images = np.stack([pixels(image) for image in images])
     expected, _ = jax.jit(
         lambda params, x: model.apply({"params": params}, x, method="encode_vision")
-    )(tiny_params, images)
+    )(any_params, images)
     assert features.dtype == np.float16
-    assert features.shape == (COUNT, tiny_config.vit.num_patches, tiny_config.vit.width)
+    assert features.shape == (COUNT, *any_config.feature_shape)
     # float16 keeps 11 bits of a value.
-    np.testing.assert_allclose(
-        np.asarray(features, np.float32), expected[:, 1:], rtol=2**-10, atol=1e-4
-    )
+    np.testing.assert_allclose(np.asarray(features, np.float32), expected, rtol=2**-10, atol=1e-4)
 
 
 def test_a_second_call_reads_and_encodes_nothing(encode: Any, images: list[bytes]) -> None:
@@ -107,22 +105,25 @@ def test_an_interrupted_encoding_continues_where_it_stopped(
 
 
 def test_the_key_changes_with_what_features_depend_on_and_nothing_else(
-    images: list[bytes], tiny_params: Any
+    images: list[bytes], any_params: Any, any_config: ModelConfig
 ) -> None:
-    key = fingerprint(images, tiny_params, preprocessing="p")
-    assert fingerprint(iter(images), jax.tree.map(np.array, tiny_params), preprocessing="p") == key
-    other_head = {**tiny_params, "llama_proj": {"kernel": np.zeros(3)}}
-    assert fingerprint(images, other_head, preprocessing="p") == key
+    def key_of(images: Iterable[bytes], params: Any, *, preprocessing: str = "p") -> str:
+        return fingerprint(images, params, config=any_config, preprocessing=preprocessing)
 
-    assert fingerprint(images, tiny_params, preprocessing="q") != key
-    assert fingerprint(images[::-1], tiny_params, preprocessing="p") != key
-    assert fingerprint(images[:-1], tiny_params, preprocessing="p") != key
-    for part in ("vit", "ln_vision"):
-        bumped = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(1e-3), tiny_params[part])
-        other = {**tiny_params, part: bumped}
-        assert fingerprint(images, other, preprocessing="p") != key
+    key = key_of(images, any_params)
+    assert key_of(iter(images), jax.tree.map(np.array, any_params)) == key
+    other_head = {**any_params, "llama_proj": {"kernel": np.zeros(3)}}
+    assert key_of(images, other_head) == key
+
+    assert key_of(images, any_params, preprocessing="q") != key
+    assert key_of(images[::-1], any_params) != key
+    assert key_of(images[:-1], any_params) != key
+    for part in set(any_params) - {"llama", "llama_proj"}:
+        bumped = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(1e-3), any_params[part])
+        other = {**any_params, part: bumped}
+        assert key_of(images, other) != key, part
     images[3] = b"99"
-    assert fingerprint(images, tiny_params, preprocessing="p") != key
+    assert key_of(images, any_params) != key
 
 
 def test_a_changed_picture_is_encoded_again(encode: Any, images: list[bytes]) -> None:

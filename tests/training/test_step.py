@@ -47,16 +47,16 @@ def tokens(tiny_config: ModelConfig) -> Any:
 
 
 @pytest.fixture(scope="module")
-def patches(tiny_params: Any, tiny_config: ModelConfig, images: np.ndarray) -> jax.Array:
+def features(tiny_params: Any, tiny_config: ModelConfig, images: np.ndarray) -> jax.Array:
     model = make_model(tiny_config, layout=DISK, dtype=jnp.float32)
-    return jax.jit(
-        lambda params, x: model.apply({"params": params}, x, method="encode_vision")[0][:, 1:]
-    )(tiny_params, images)
+    return jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_vision")[0])(
+        tiny_params, images
+    )
 
 
-def to_batch(tokens: Any, patches: jax.Array, **changes: Any) -> TrainBatch:
+def to_batch(tokens: Any, features: jax.Array, **changes: Any) -> TrainBatch:
     fields = {name: tokens[name] for name in tokens if name != "image_index"} | changes
-    return TrainBatch(**{n: jnp.asarray(field) for n, field in fields.items()}, patches=patches)
+    return TrainBatch(**{n: jnp.asarray(field) for n, field in fields.items()}, features=features)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def value_and_grad(model: Any, frozen: Any) -> Any:
 
 
 def test_the_loss_is_that_of_the_whole_model_on_the_answer_tokens(
-    tiny_params: Any, tiny_config: ModelConfig, tokens: Any, patches: Any, images: Any, value_and_grad: Any
+    tiny_params: Any, tiny_config: ModelConfig, tokens: Any, features: Any, images: Any, value_and_grad: Any
 ) -> None:  # fmt: skip
     batch = Batch(
         token_ids=jnp.asarray(tokens["token_ids"]),
@@ -104,15 +104,15 @@ def test_the_loss_is_that_of_the_whole_model_on_the_answer_tokens(
             assert tokens["token_ids"][row, place] == token
             before = wide[row, place - 1]
             terms.append(np.log(np.exp(before).sum()) - before[token])
-    loss, _ = value_and_grad(tiny_params["llama_proj"], to_batch(tokens, patches))
+    loss, _ = value_and_grad(tiny_params["llama_proj"], to_batch(tokens, features))
     np.testing.assert_allclose(float(loss), np.mean(terms), rtol=1e-5)
 
 
 def test_prompt_and_padding_are_no_targets(
-    tiny_params: Any, tokens: Any, patches: Any, value_and_grad: Any
+    tiny_params: Any, tokens: Any, features: Any, value_and_grad: Any
 ) -> None:
     projection, mask = tiny_params["llama_proj"], tokens["target_mask"]
-    before, _ = value_and_grad(projection, to_batch(tokens, patches))
+    before, _ = value_and_grad(projection, to_batch(tokens, features))
     rng = np.random.default_rng(23)
     other_targets = np.where(mask, tokens["target_ids"], rng.integers(0, 262, mask.shape))
     other_places = np.where(mask, tokens["target_positions"], rng.integers(0, 20, mask.shape))
@@ -120,19 +120,19 @@ def test_prompt_and_padding_are_no_targets(
         projection,
         to_batch(
             tokens,
-            patches,
+            features,
             target_ids=other_targets.astype(np.int32),
             target_positions=other_places.astype(np.int32),
         ),
     )
     assert float(after) == float(before)
     padding = np.where(tokens["attention_mask"], tokens["token_ids"], 77).astype(np.int32)
-    after, _ = value_and_grad(projection, to_batch(tokens, patches, token_ids=padding))
+    after, _ = value_and_grad(projection, to_batch(tokens, features, token_ids=padding))
     assert float(after) == float(before)
 
 
 def test_each_answer_token_is_predicted_from_what_stands_before_it_only(
-    tiny_params: Any, tokens: Any, patches: Any, value_and_grad: Any
+    tiny_params: Any, tokens: Any, features: Any, value_and_grad: Any
 ) -> None:
     # The last token of an answer is a target and never an input of one: changing it changes its own term alone.
     row, end = 0, int(tokens["attention_mask"][0].sum())
@@ -140,20 +140,21 @@ def test_each_answer_token_is_predicted_from_what_stands_before_it_only(
     first[row] = tokens["target_mask"][row] & (tokens["target_positions"][row] < end - 2)
     assert first.sum() == len(ANSWERS[0])
     before, _ = value_and_grad(
-        tiny_params["llama_proj"], to_batch(tokens, patches, target_mask=first)
+        tiny_params["llama_proj"], to_batch(tokens, features, target_mask=first)
     )
     token_ids = tokens["token_ids"].copy()
     token_ids[row, end - 1] = 200
     after, _ = value_and_grad(
-        tiny_params["llama_proj"], to_batch(tokens, patches, target_mask=first, token_ids=token_ids)
+        tiny_params["llama_proj"],
+        to_batch(tokens, features, target_mask=first, token_ids=token_ids),
     )
     assert float(after) == float(before)
 
 
 def test_the_gradient_equals_a_finite_difference(
-    tiny_params: Any, tokens: Any, patches: Any, value_and_grad: Any
+    tiny_params: Any, tokens: Any, features: Any, value_and_grad: Any
 ) -> None:
-    projection, batch = tiny_params["llama_proj"], to_batch(tokens, patches)
+    projection, batch = tiny_params["llama_proj"], to_batch(tokens, features)
     _, (grads, _) = value_and_grad(projection, batch)
     rng = np.random.default_rng(24)
     for name in ("kernel", "bias"):
@@ -177,9 +178,9 @@ def test_the_gradient_equals_a_finite_difference(
 
 
 def test_a_train_step_changes_the_projection_and_nothing_else(
-    tiny_params: Any, tokens: Any, patches: Any, model: Any, frozen: Any, value_and_grad: Any
+    tiny_params: Any, tokens: Any, features: Any, model: Any, frozen: Any, value_and_grad: Any
 ) -> None:
-    batch = to_batch(tokens, patches)
+    batch = to_batch(tokens, features)
     _, (_, frozen_grads) = value_and_grad(tiny_params["llama_proj"], batch)
     # The frozen weights do matter to the loss; they stay because the step never asks for their gradient.
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(frozen_grads))
@@ -196,17 +197,17 @@ def test_a_train_step_changes_the_projection_and_nothing_else(
     np.testing.assert_allclose(float(numbers.loss), float(expected), rtol=1e-6)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
     np.testing.assert_allclose(float(numbers.grad_norm), np.linalg.norm(flat), rtol=1e-5)
-    groups = np.asarray(patches).reshape(len(patches), -1, projection["kernel"].shape[0])
+    groups = np.asarray(features).reshape(len(features), -1, projection["kernel"].shape[0])
     image_tokens = groups @ np.asarray(projection["kernel"]) + np.asarray(projection["bias"])
     np.testing.assert_allclose(float(numbers.image_token_std), image_tokens.std(), rtol=1e-5)
 
 
 def test_batches_gathered_to_one_update_move_the_projection_as_one_batch_of_all_samples(
-    tiny_params: Any, tokens: Any, patches: Any, model: Any, frozen: Any
+    tiny_params: Any, tokens: Any, features: Any, model: Any, frozen: Any
 ) -> None:
     # An eps so large that a step tells a gradient's size; the parts have 8 + 2 and 15 targets.
     config = OptimizerConfig(init_lr=0.1, warmup_steps=0, max_steps=2, eps=1.0, min_lr=0.1)
-    batch = to_batch(tokens, patches)
+    batch = to_batch(tokens, features)
 
     def train(parts: list[slice], accum_grad_iters: int) -> Any:
         tx = make_optimizer(dataclasses.replace(config, accum_grad_iters=accum_grad_iters))

@@ -108,8 +108,8 @@ class MiniGPT4(nn.Module):
         cfg = self.config.qformer
         assert cfg is not None, "only models with a Q-Former can be asked"
         shape = (1, cfg.num_queries, cfg.width)
-        query_tokens = self.param("query_tokens", nn.initializers.normal(0.02), shape)
-        return self.qformer(query_tokens, tokens, image_mask=image_mask)
+        queries = self.param("query_tokens", nn.initializers.normal(0.02), shape)
+        return self.qformer(jnp.asarray(queries), tokens, image_mask=image_mask)
 
     def project(self, features: Float[Array, "I R C"]) -> Float[Array, "I T D"]:
         """The trained part: features of pictures to embeddings in the language model's space.

@@ -1,7 +1,7 @@
-"""The composition without a Q-Former against the original's: image embeddings, mixed prompts, targets, loss, gradient.
+"""The compositions against the original's: image embeddings, mixed prompts, targets, loss, gradient.
 
-The models are MiniGPT-4 without a Q-Former, and MiniGPT-v2 with its LoRA added to the weights (of its gradients, the
-projection's).
+The models are MiniGPT-4 with and without a Q-Former, and MiniGPT-v2 with its LoRA added to the weights (of its
+gradients, the projection's).
 
 Samples are laid out by `data/batches.py` from the ids that the original embedded. The original puts a prompt's padding
 behind the answer and the answer's before it; ours is all on the right. So rows are compared place by place where the
@@ -36,14 +36,17 @@ IGNORED = -100
 PLACEHOLDER = "<ImageHere>"
 
 
-def test_golden_encode_img(golden: Any, encode_case: str) -> None:
-    held = golden.arrays(f"minigpt4_noqf/{encode_case}")
-    images = golden.pictures(f"minigpt4_noqf/{encode_case}")
-    config, params = golden.minigpt4(images.shape[1])
+def test_golden_encode_img(golden: Any, encode_case: tuple[str, str]) -> None:
+    folder, file = encode_case
+    held = golden.arrays(f"{folder}/{file}")
+    images = golden.pictures(f"{folder}/{file}")
+    config, params = golden.minigpt4(images.shape[1], variant=folder)
+    for ours, theirs in (("scale", "ln_vision_weight"), ("bias", "ln_vision_bias")):
+        np.testing.assert_array_equal(params["ln_vision"][ours], held[theirs])
     model = make_model(config, layout=DISK, dtype=jnp.float32)
-    tokens, blocks = apply_method(model, params, "encode_vision", images)
-    np.testing.assert_allclose(blocks[-1], held["vit_tokens"], **VIT)
-    np.testing.assert_allclose(tokens, held["ln_vision"], **ENCODED)
+    _, states = apply_method(model, params, "encode_vision", images)
+    np.testing.assert_allclose(states["vit.blocks"][-1], held["vit_tokens"], **VIT)
+    np.testing.assert_allclose(states["ln_vision"], held["ln_vision"], **ENCODED)
     embeds = apply_method(model, params, "encode_images", images)
     assert embeds.shape[1] == config.num_image_tokens
     np.testing.assert_allclose(embeds, held["inputs_llama"], **ENCODED)
@@ -61,7 +64,11 @@ class ForwardCase:
         )
         self.config: ModelConfig
         self.params: Params
-        self.config, self.params = golden.minigpt4(self.images.shape[1], variant=folder)
+        self.config, self.params = golden.minigpt4(self.images.shape[-2], variant=folder)
+        if self.images.ndim == 4:
+            self.images = self.images[
+                :, None
+            ]  # [B, pictures of a row, H, W, 3]; `length` says how many are shown
         self.bos = golden.special_ids("llama_mha")["bos"]
         self.counts = self.held["attention_mask"] == 1
         self.prompts = self.read_prompts()
@@ -111,9 +118,11 @@ class ForwardCase:
             examples.append(batches.join_example(prompt, answer, ignored_targets=self.ignored))
         return batches.collate(examples, range(len(examples)), length_multiple=8)
 
-    def train_batch(self, patches: Any) -> TrainBatch:
+    def train_batch(self, features: Any) -> TrainBatch:
+        """`features`: of every picture, `[B * pictures, R, C]`; those of a row follow each other."""
         fields = {name: jnp.asarray(x) for name, x in self.batch.items() if name != "image_index"}
-        return TrainBatch(**fields, patches=patches)
+        joined = features.reshape(len(self.images), -1, features.shape[-1])
+        return TrainBatch(**fields, features=joined)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +152,7 @@ def test_golden_forward_embeddings_and_logits(run: ForwardCase) -> None:
     batch = Batch(
         token_ids=jnp.asarray(run.batch["token_ids"]),
         attention_mask=jnp.asarray(run.batch["attention_mask"]),
-        images=run.images[:, None],
+        images=run.images,
     )
     output = forward(run.params, batch, model=model, capture=["image_embeds", "inputs_embeds"])
     if "encode_img" in run.held:
@@ -152,6 +161,10 @@ def test_golden_forward_embeddings_and_logits(run: ForwardCase) -> None:
     compared = {"inputs_embeds": (output.hidden["inputs_embeds"], ENCODED)}
     if "logits" in run.held:
         compared["logits"] = (output.logits, LOGITS)
+    if "cond_embeds" in run.held:  # the wrapped prompt, behind the bos
+        for row, counts in enumerate(run.held["cond_atts"] == 1):
+            wrapped = output.hidden["inputs_embeds"][row, 1 : 1 + counts.sum()]
+            np.testing.assert_allclose(wrapped, run.held["cond_embeds"][row][counts], **ENCODED)
     for name, (ours, tolerance) in compared.items():
         for row, counts in enumerate(run.counts):
             np.testing.assert_allclose(
@@ -165,9 +178,10 @@ def test_golden_forward_embeddings_and_logits(run: ForwardCase) -> None:
 def test_golden_forward_loss_and_gradient_of_the_projection(run: ForwardCase) -> None:
     model = make_model(run.config, layout=TRAIN, dtype=jnp.float32)
     params = convert_layout(run.params, DISK, TRAIN, llama=run.config.llama)
-    tokens, _ = apply_method(model, params, "encode_vision", run.images)
-    batch = run.train_batch(tokens[:, 1:])
-    frozen = {name: params[name] for name in ("ln_vision", "llama")}
+    pictures = run.images.reshape(-1, *run.images.shape[2:])
+    features, _ = apply_method(model, params, "encode_vision", pictures)
+    batch = run.train_batch(features)
+    frozen = {"llama": params["llama"]}
     length = run.held["targets"].shape[1]
 
     def losses(projection: Projection) -> Any:

@@ -1,9 +1,8 @@
 """The optimiser against the original's: learning rates, weight decay, accumulation, and whole training runs.
 
 The original's settings become `OptimizerConfig` by their names (`optimizer_config`), so the map from its YAML is under
-test as well. MiniGPT-v2's runs are repeated in full: its LoRA is added to the weights, and both are trained with this
-project's optimizer. Runs behind the Q-Former are compared as far as they go without it: their rates, the batches that
-close an update, and what the first update does to the weights. Tolerances are those of the sets' README.
+test as well. Runs are repeated in full, behind the Q-Former and of MiniGPT-v2, whose LoRA is added to the weights: both
+are trained with this project's optimizer. Tolerances are those of the sets' README.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from convert.projection import read_projection
 from convert.sources import open_source
 from minigpt4_jax.config import OptimizerConfig
 from minigpt4_jax.data import batches
+from minigpt4_jax.data.prompts import encode_pieces, end_symbol_pieces
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import apply_method, make_model
 from minigpt4_jax.training.optimizer import decays_weight, make_optimizer, make_schedule
@@ -156,83 +156,60 @@ def test_golden_rates_and_updates_of_a_run(golden: Any, run_case: str) -> None:
     np.testing.assert_array_equal(closed, run.held["micro_steps_before_each_update"])
 
 
-def test_golden_first_update_of_a_run(golden: Any, projection_run_case: str) -> None:
-    # Adam's first update goes by the rate along the gradient's sign, so the recorded weights tell the sign: what is
-    # compared is the rate, the batch at which it comes, and the weight decay.
-    run = Run(golden, projection_run_case)
-    start = jax.tree.map(jnp.asarray, run.weights("init"))
-    after = run.weights("after_first_update")
-    batches_before = int(run.held["micro_steps_before_each_update"][0])
-    rate = make_schedule(run.config)(batches_before - 1)
-    decays = decays_weight(start)
-    grads = {
-        name: jnp.sign(weight * (1 - rate * run.config.weight_decay * decays[name]) - after[name])
-        for name, weight in start.items()
-    }
-    tx = make_optimizer(run.config)
-    found, state = start, tx.init(start)
-    for _ in range(batches_before):
-        updates, state = tx.update(grads, state, found, num_targets=1)
-        found = optax.apply_updates(found, updates)
-    run.require_weights(found, "after_first_update")
-
-
-def known_ids(golden: Any) -> dict[str, list[int]]:
-    """Text -> ids, from what the original embedded in the forwards of MiniGPT-v2 with pictures: segments and answers.
-
-    An answer's ids have their end symbol and are cut as they were; padding behind them is taken off.
-    """
-    known: dict[str, list[int]] = {}
-    for case in golden.report("minigptv2/cases.json").values():
-        texts = case.get("prompts_given_to_prompt_wrap", [])
-        if "answer" not in case or not all(PLACEHOLDER in text for text in texts):
-            continue
-        recorded = iter(case["embedded_id_sequences_in_order"])
-        segments = [segment for text in texts for segment in text.split(PLACEHOLDER)]
-        known.update((segment, next(recorded)[0]) for segment in segments)
-        padding = next(recorded)
-        for answer, ids in zip(case["answer"], next(recorded), strict=True):
-            kept = [i for i, token in enumerate(ids) if token != padding]
-            known[answer] = ids[: kept[-1] + 1]
-        known["padding"] = [padding]
-    return known
-
-
-class LoraRun(Run):
-    """A run of MiniGPT-v2, whose model is ours once the LoRA is added to the weights."""
+class ModelRun(Run):
+    """A run whose model is ours: of MiniGPT-4 behind the Q-Former, or of MiniGPT-v2 with its LoRA on the weights."""
 
     def __init__(self, golden: Any, name: str) -> None:
         super().__init__(golden, name)
         images = golden.pictures(f"optim/traj_{name}.npz")
-        config, params = golden.minigpt4(images.shape[1], variant="minigptv2")
+        self.golden, self.has_lora = golden, any("lora_" in key for key in self.held)
+        variant = "minigptv2" if self.has_lora else "minigpt4_v1"
+        config, params = golden.minigpt4(images.shape[1], variant=variant)
         _, self.base = golden.llama("llama_mha")
-        self.golden = golden
         self.model = make_model(config, layout=DISK, dtype=jnp.float32)
-        tokens, _ = apply_method(self.model, params, "encode_vision", images)
-        template = golden.report("minigptv2/cases.json")["forward_instruction"]["prompt_template"]
-        known, bos = known_ids(golden), golden.special_ids("llama_mha")["bos"]
-        examples = []
-        samples = self.facts["samples"]
+        features, _ = apply_method(self.model, params, "encode_vision", images)
+        batch = self.lay_out(self.prompt_template(variant), config.num_image_tokens)
+        self.batch = TrainBatch(**batch, features=features)
+
+    def prompt_template(self, variant: str) -> str:
+        """What the original puts around an instruction: nothing where its prompt list had done so before."""
+        template: str = next(
+            case["prompt_template"]
+            for case in self.golden.report(f"{variant}/cases.json").values()
+            if "prompt_template" in case
+        )
+        return template or "{}"
+
+    def lay_out(self, template: str, num_image_tokens: int) -> dict[str, jax.Array]:
+        """The run's samples, tokenised as the sets' tokenizer does and laid out by this project."""
+        tokenizer = self.golden.tokenizer("llama_mha")
+        ids = self.golden.special_ids("llama_mha")
+        examples, samples = [], self.facts["samples"]
         for text, answer in zip(samples["instruction_input"], samples["answer"], strict=True):
-            segments = [known[segment] for segment in template.format(text).split(PLACEHOLDER)]
-            prompt = batches.wrap_images(segments, config.num_image_tokens)
+            segments = [
+                tokenizer.encode(segment) for segment in template.format(text).split(PLACEHOLDER)
+            ]
+            prompt = batches.wrap_images(segments, num_image_tokens)
+            pieces = (answer, *end_symbol_pieces(self.facts["end_sym"], tokenizer))
+            target = encode_pieces(pieces, tokenizer, num_image_tokens=0)
+            target = target[: self.facts["max_txt_len"]]
             examples.append(
                 batches.join_example(
-                    [bos, *prompt], known[answer], ignored_targets=known["padding"]
+                    [ids["bos"], *prompt], target, ignored_targets=[tokenizer.pad_id]
                 )
             )
         batch = batches.collate(examples, range(len(examples)), length_multiple=8)
-        fields = {name: jnp.asarray(x) for name, x in batch.items() if name != "image_index"}
-        self.batch = TrainBatch(**fields, patches=tokens[:, 1:])
+        return {name: jnp.asarray(x) for name, x in batch.items() if name != "image_index"}
 
     def loss(self, trained: dict[str, Any]) -> Any:
-        params = self.golden.with_trained(self.base, trained)
+        projection = {"kernel": trained["llama_proj.weight"].T, "bias": trained["llama_proj.bias"]}
+        params = self.golden.with_trained(self.base, trained) if self.has_lora else self.base
         frozen = {"llama": params["llama"]}
-        return loss_fn(params["llama_proj"], frozen, self.batch, model=self.model)[0]
+        return loss_fn(projection, frozen, self.batch, model=self.model)[0]
 
 
-def test_golden_run_of_projection_and_lora(golden: Any, v2_run_case: str) -> None:
-    run = LoraRun(golden, v2_run_case)
+def test_golden_run_of_the_trained_weights(golden: Any, model_run_case: str) -> None:
+    run = ModelRun(golden, model_run_case)
     tx = make_optimizer(run.config)
     num_targets = int(run.batch.target_mask.sum())
 

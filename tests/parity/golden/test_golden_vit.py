@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.eva_vit import plain_ln_vision
 from minigpt4_jax.models.layout import DISK, TRAIN, Layout, convert_layout
 from minigpt4_jax.models.minigpt4 import apply_method, make_model
 
@@ -37,11 +38,11 @@ def encode(
     config, conversion = golden.vit(facts["ckpt"], images.shape[1])
     config = dataclasses.replace(config, norm_eps=config.norm_eps * norm_eps_times)
     model = golden.vit_model(config)
-    params = {"vit": conversion.params, "ln_vision": ln_vision or identity(config.width)}
+    params = {"vit": conversion.params, "ln_vision": ln_vision or plain_ln_vision(config)}
     params = convert_layout(params, DISK, layout, llama=model.llama)
     module = make_model(model, layout=layout, dtype=jnp.float32)
-    tokens, blocks = apply_method(module, params, "encode_vision", images)
-    return np.asarray(tokens), np.asarray(blocks), held
+    _, states = apply_method(module, params, "encode_vision", images)
+    return np.asarray(states["ln_vision"]), np.asarray(states["vit.blocks"]), held
 
 
 def test_golden_vit_sizes_are_those_of_the_report(golden: Any, vit_case: str) -> None:
@@ -75,7 +76,9 @@ def test_golden_vit_blocks_and_tokens(golden: Any, vit_case: str, layout: Layout
 
 
 def test_golden_vit_tokens_after_blip2_ln_vision(golden: Any, vit_case_with_blip2: str) -> None:
-    tokens, _, held = encode(golden, vit_case_with_blip2, ln_vision=golden.blip2_ln_vision())
+    tokens, _, held = encode(
+        golden, vit_case_with_blip2, ln_vision=golden.qformer()[1].params["ln_vision"]
+    )
     np.testing.assert_allclose(tokens, held["tokens_ln_vision"], **LN_VISION)
 
 
@@ -98,7 +101,7 @@ def test_golden_vit_ln_vision_eps_fits(golden: Any, vit_case: str) -> None:
         module = make_model(scaled, layout=DISK, dtype=jnp.float32)
         # On the original's own tokens, so that only the rounding of this one layer is left.
         ours = module.apply(
-            {"params": {"ln_vision": identity(config.width)}},
+            {"params": {"ln_vision": plain_ln_vision(config)}},
             jnp.asarray(held["tokens"]),
             method=lambda minigpt4, tokens: minigpt4.ln_vision(tokens),
         )
@@ -121,8 +124,3 @@ def assert_fits_best(misfit: Callable[[float], float]) -> None:
 
 def rms(difference: Any) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(difference, np.float64)))))
-
-
-def identity(width: int) -> dict[str, np.ndarray]:
-    """`ln_vision` as it is where nothing was loaded into it."""
-    return {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}

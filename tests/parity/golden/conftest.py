@@ -2,11 +2,11 @@
 
 A golden set is a folder of numbers that the original PyTorch code produced with tiny random weights. The tests here
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
-`test_golden_qformer.py` the Q-Former, `test_golden_generation.py` greedy answers, `test_golden_minigpt4.py` the
-compositions with and without it,
-`test_golden_chat.py` conversations with it, `test_golden_images.py` picture files and what the image processors make
-of them, `test_golden_optim.py` schedules, weight decay and training runs, `test_golden_text.py` and
-`test_golden_text_tokenizer.py` what happens to text on its way in and out.
+`test_golden_qformer.py` the Q-Former, `test_golden_generation.py` greedy answers and beam searches,
+`test_golden_minigpt4.py` the compositions with and without it, `test_golden_chat.py` conversations with these,
+`test_golden_images.py` picture files and what the image processors make of them, `test_golden_optim.py` schedules,
+weight decay and training runs, `test_golden_text.py` and `test_golden_text_tokenizer.py` what happens to text on its
+way in and out.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout
@@ -14,7 +14,7 @@ of them, `test_golden_optim.py` schedules, weight decay and training runs, `test
 Nothing about a set is written down here but the layout of its files: sizes, eps, cases, texts and special ids are read
 from its reports and arrays. A case that a set does not hold is not collected; a folder that holds none is a failure.
 Needs the `parity` extra: the original's `.pth` files are read with torch. Not for: the original's code (it is not
-here; sets are made elsewhere) and beams, MiniGPT-v2's chat (they come with their features).
+here; sets are made elsewhere) and MiniGPT-v2's training on texts and conversations (it comes with its features).
 """
 
 from __future__ import annotations

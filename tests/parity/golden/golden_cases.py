@@ -112,11 +112,6 @@ def encode_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     ]
 
 
-def noqf_cases(golden: GoldenSet) -> dict[str, Any]:
-    file = f"{NOQF}/cases.json"
-    return golden.report(file) if golden.has(file) else {}
-
-
 def forward_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     """(folder, case) of training forwards on pictures, of which the embedded ids were recorded.
 

@@ -322,6 +322,28 @@ def test_drawn_answers_are_those_of_their_seed_alone_and_together(
     )
 
 
+def test_a_vicuna_answer_ends_at_its_stop_string_though_no_stop_token_comes(
+    model: MiniGPT4, engine: Recorder, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(model, "context", 1000)
+    preset = dataclasses.replace(model.preset, template="vicuna_v0")
+    monkeypatch.setattr(model, "preset", preset)
+    written = "Assistant: A cat.###Human: And a ###dog? Assistant: Yes."
+    ids = tokenizer.encode(written)
+    assert tokenizer.special("</s>") not in ids
+    chat = start(model)
+    rest = iter(ids)
+    engine.script = [rest]  # type: ignore[list-item]  # counted: what is left of it was never generated
+    assert chat.ask("What?") == "A cat."
+    assert chat.finish_reason == "stop"
+    assert tokenizer.decode(list(rest)) == "Human: And a ###dog? Assistant: Yes."
+    # Many at once, and beams, go on to their last token; what follows the stop is cut off.
+    monkeypatch.setattr(model._engine, "generate", lambda *a, **k: [ids])
+    monkeypatch.setattr(model._engine, "beam_search", lambda *a, **k: [[Hypothesis(ids, -1.0)]])
+    assert model.generate(pictures[:1], ["What?"], generation=SHORT) == ["A cat."]
+    assert model.generate(pictures[:1], ["What?"], generation=BEAMS) == ["A cat."]
+
+
 # --- beams ---
 
 BEAMS = dataclasses.replace(SHORT, num_beams=3)

@@ -15,7 +15,7 @@ the image processors make of them, `test_golden_optim.py` schedules, weight deca
 Nothing about a set is written down here but the layout of its files: sizes, eps, cases, texts and special ids are read
 from its reports and arrays. A case that a set does not hold is not collected; a folder that holds none is a failure.
 Needs the `parity` extra (sentencepiece), not torch. Not for: the original's code (it is not here; sets are made
-elsewhere) and MiniGPT-v2's chat (it comes with its features).
+elsewhere) and MiniGPT-v2's training on texts and conversations (it comes with its features).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ OPTIM, IMAGES = "optim", "images"
 BASE_LLAMA = "llama_mha"
 """The language model behind all compositions, as the README of the sets says."""
 BLIP2 = "qformer/blip2_qformer.pth"
+COMPOSITIONS = (V1, NOQF, V2)
 PLACEHOLDER = "<ImageHere>"
 
 
@@ -152,11 +153,6 @@ def encode_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     ]
 
 
-def noqf_cases(golden: GoldenSet) -> dict[str, Any]:
-    file = f"{NOQF}/cases.json"
-    return golden.report(file) if golden.has(file) else {}
-
-
 def forward_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     """(folder, case) of training forwards on pictures, of which the embedded ids were recorded.
 
@@ -224,14 +220,25 @@ def trainer_checkpoints(golden: GoldenSet) -> list[str]:
     return sorted(path.name for path in (golden.folder / OPTIM).glob("trainer_checkpoint*.pth"))
 
 
-def answer_cases(golden: GoldenSet) -> list[tuple[str, str]]:
-    """(file, case) of every answer of the batch generate method without beams and without chance."""
+def answer_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
+    """(folder, file, case) of every answer of the batch generate method without chance, with beams and without."""
     return [
-        (name, case)
-        for name, record in noqf_cases(golden).items()
-        if name.endswith("generate") and golden.has(f"{NOQF}/{name}.npz")
+        (folder, name, case)
+        for folder, name, record in composition_cases(golden)
+        if name.endswith("generate")
         for case, knobs in record["cases"].items()
-        if is_greedy(knobs["kwargs_reaching_llama_generate"])
+        if not knobs["kwargs_reaching_llama_generate"].get("do_sample", False)
+    ]
+
+
+def composition_cases(golden: GoldenSet) -> list[tuple[str, str, dict[str, Any]]]:
+    """(folder, case, its record) of whatever was run through one of the compositions, if its arrays are held."""
+    return [
+        (folder, name, record)
+        for folder in COMPOSITIONS
+        if golden.has(f"{folder}/cases.json")
+        for name, record in golden.report(f"{folder}/cases.json").items()
+        if golden.has(f"{folder}/{name}.npz")
     ]
 
 
@@ -264,12 +271,10 @@ def picture_differences(golden: GoldenSet) -> list[tuple[str, str]]:
     ]
 
 
-def chat_cases(golden: GoldenSet) -> list[str]:
-    """Conversations of several turns, drawn from the likeliest token alone."""
+def chat_cases(golden: GoldenSet) -> list[tuple[str, str]]:
+    """(folder, case) of conversations of several turns, drawn from the likeliest token alone."""
     return [
-        name
-        for name, case in noqf_cases(golden).items()
-        if "turns" in case and golden.has(f"{NOQF}/{name}.npz")
+        (folder, name) for folder, name, record in composition_cases(golden) if "turns" in record
     ]
 
 
@@ -310,6 +315,10 @@ def is_beam_search(knobs: dict[str, Any]) -> bool:
 
 def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
+
+
+def is_beam_search(knobs: dict[str, Any]) -> bool:
+    return knobs.get("num_beams", 1) > 1 and not knobs.get("do_sample", False)
 
 
 CASES: dict[str, Callable[[GoldenSet], list[Any]]] = {

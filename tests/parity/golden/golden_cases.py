@@ -317,10 +317,6 @@ def is_greedy(knobs: dict[str, Any]) -> bool:
     return knobs.get("num_beams", 1) == 1 and not knobs.get("do_sample", False)
 
 
-def is_beam_search(knobs: dict[str, Any]) -> bool:
-    return knobs.get("num_beams", 1) > 1 and not knobs.get("do_sample", False)
-
-
 CASES: dict[str, Callable[[GoldenSet], list[Any]]] = {
     "vit_case": vit_cases,
     "vit_case_with_blip2": vit_cases_with_blip2,

@@ -253,8 +253,8 @@ def _fits(kind: Kind, sizes: Mapping[str, int | str], preset: Preset) -> bool:
         return same and sizes["blocks"] in (used, used + 1)  # the published file has one more
     qformer = model.qformer
     if kind in (Kind.QFORMER, Kind.BLIP2) and qformer is not None:
-        ours = (qformer.num_queries, qformer.width, qformer.num_layers)
-        return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == ours
+        wanted = (qformer.num_queries, qformer.width, qformer.num_layers)
+        return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == wanted
     return False
 
 

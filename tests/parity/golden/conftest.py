@@ -209,6 +209,11 @@ class GoldenSet:
             "bias": held.get("ln_vision_bias", plain["bias"]),
         }
 
+    def blip2_ln_vision(self) -> dict[str, np.ndarray]:
+        """`ln_vision` of the Q-Former's file, also of a set that has no more of the Q-Former than this."""
+        source = open_source(self.folder / BLIP2)
+        return {"scale": source.get("ln_vision.weight"), "bias": source.get("ln_vision.bias")}
+
 
 GOLDEN = GoldenSet(FOLDER)
 

@@ -14,7 +14,7 @@ VIT, QFORMER, V1, NOQF, V2 = "eva_vit", "qformer", "minigpt4_v1", "minigpt4_noqf
 OPTIM, IMAGES = "optim", "images"
 BASE_LLAMA = "llama_mha"
 """The language model behind all compositions, as the README of the sets says."""
-BLIP2 = "qformer/blip2_qformer.pth"
+BLIP2, QFORMER_REPORT = "qformer/blip2_qformer.pth", "qformer/qformer_report.json"
 COMPOSITIONS = (V1, NOQF, V2)
 PLACEHOLDER = "<ImageHere>"
 
@@ -141,7 +141,7 @@ def plain_greedy_cases(golden: GoldenSet) -> list[tuple[str, str]]:
 def qformer_cases(golden: GoldenSet) -> list[str]:
     """`qformer_a.npz`...: what the Q-Former made of image tokens, with and without a mask."""
     held = sorted(path.name for path in (golden.folder / QFORMER).glob("qformer_*.npz"))
-    return held if golden.has(BLIP2) else []
+    return held if golden.has(BLIP2) and golden.has(QFORMER_REPORT) else []
 
 
 def encode_cases(golden: GoldenSet) -> list[tuple[str, str]]:
@@ -208,7 +208,7 @@ def model_run_cases(golden: GoldenSet) -> list[str]:
     return [
         name
         for name in run_cases(golden)
-        if golden.has(f"{V2}/cases.json" if is_v2_run(golden, name) else BLIP2)
+        if golden.has(f"{V2}/cases.json" if is_v2_run(golden, name) else f"{V1}/cases.json")
     ]
 
 

@@ -268,9 +268,11 @@ def test_a_row_that_is_settled_takes_no_further_answers(small: Engine) -> None:
         num_beams=VOCAB - 1,
         num_slots=8,
     )
-    state = state.replace(done=jnp.asarray([True, False]))
+    state = dataclasses.replace(state, done=jnp.asarray([True, False]))
     before = np.asarray(state.finished.scores)
-    likely = rules.replace(stops=np.ones(VOCAB, bool))  # whatever comes next ends an answer
+    likely = dataclasses.replace(
+        rules, stops=np.ones(VOCAB, bool)
+    )  # whatever comes next ends an answer
     after = beam_step(small._params, state, likely, model=small._model)
     np.testing.assert_array_equal(after.finished.scores[0], before[0])
     assert (np.asarray(after.finished.scores[1]) > before[1]).any()

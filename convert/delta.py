@@ -26,7 +26,7 @@ from minigpt4_jax.config import UserError
 
 GROWN = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors that may have one row more in the delta: both of them, or neither."""
-BLOCK = 1 << 24
+BLOCK = 1 << 21
 """Elements that are added at a time, so that no float32 copy of a whole tensor is held."""
 
 
@@ -88,9 +88,8 @@ class DeltaSource:
         for start in range(0, len(delta), step):
             rows = slice(start, min(start + step, len(delta)))
             added = delta[rows].astype(np.float32)
-            held = base[
-                rows
-            ]  # fewer rows where the delta has one more: that one is the delta's own
+            # Fewer rows where the delta has one more: that one is the delta's own.
+            held = base[rows]
             added[: len(held)] += held.astype(np.float32)
             with np.errstate(over="ignore"):  # what float16 cannot hold is reported as not finite
                 total[rows] = added

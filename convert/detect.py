@@ -29,7 +29,9 @@ class Kind(StrEnum):
     LLAMA = "a LLaMA-family language model"
     DELTA = "a weight delta of a language model (not a model)"
     PROJECTION = "a MiniGPT-4 projection in the released form"
-    TRAINER = "a checkpoint of the original's trainer (a MiniGPT-4 projection and buffers)"
+    TRAINER = (
+        "a checkpoint of the original's trainer (a MiniGPT-4 projection, and what training needs)"
+    )
     OUR_PROJECTION = "a projection file of this project"
     MINIGPT_V2 = "a MiniGPT-v2 checkpoint (a projection and LoRA weights)"
     MODEL_FOLDER = "a converted model of this project"
@@ -107,7 +109,8 @@ def kind_of(source: TensorSource) -> Kind:
     if any(LORA.search(name) for name in names):
         return Kind.MINIGPT_V2
     kind = next((kind for kind, marks in _KINDS if names.issuperset(marks)), Kind.UNKNOWN)
-    if kind is Kind.PROJECTION and any(BUFFERS.search(name) for name in names):
+    trained = "optimizer" in source.metadata.get("left_alone", ())
+    if kind is Kind.PROJECTION and (trained or any(BUFFERS.search(name) for name in names)):
         return Kind.TRAINER
     return kind
 

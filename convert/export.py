@@ -237,7 +237,7 @@ def _write_shards(
         files[file] = write_safetensors(
             folder / file,
             [_entry(source, tensor) for tensor in shard],
-            metadata={"format": "pt"},  # transformers opens no file without it
+            metadata={"format": "pt"},  # transformers 4 opens no file without it
             on_tensor=report,
         )
         done += len(shard)

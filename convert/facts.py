@@ -7,6 +7,7 @@ Not for: whether a file is complete and fits the model: that is the tables' work
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -34,7 +35,7 @@ from convert.meta import MetaSource, is_meta_folder
 from convert.projection import FITS, WEIGHT
 from convert.sources import TensorSource, open_source
 from minigpt4_jax.config import UserError
-from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, ModelFolder
+from minigpt4_jax.model_folder import FORMAT, MANIFEST, ModelFolder
 from minigpt4_jax.presets import PRESETS, Preset
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -111,30 +112,32 @@ def fact_rows(facts: FileFacts) -> Iterator[tuple[str, str]]:
 
 
 def _is_model_folder(path: Path) -> bool:
-    return (path / MANIFEST).is_file() and (path / WEIGHTS).is_dir()
+    try:
+        return json.loads((path / MANIFEST).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _of_model_folder(path: Path) -> FileFacts:
     folder = ModelFolder(path)
     names, model = folder.names(), folder.preset.model
-    sizes: dict[str, int | str] = {
-        "tokens": model.llama.vocab_size,
-        "width": model.llama.width,
-        "layers": model.llama.num_layers,
-        "image tokens": model.num_image_tokens,
-    }
-    notes = [f"made as {folder.settings['preset']}"] if "preset" in folder.settings else []
-    for part, source in folder.sources.items():
-        files = [f"{file['name']} (SHA-256 {file['sha256'][:12]})" for file in source["files"]]
-        notes.append(f"{part} is from {', '.join(files) or 'no file: the identity'}")
+    parts = dict.fromkeys(name.split("/")[0] for name in names)
     return FileFacts(
         path=path,
         kind=Kind.MODEL_FOLDER,
-        sizes=sizes,
+        sizes={
+            "parts": ", ".join(parts),
+            "image tokens": model.num_image_tokens,
+            "language model": f"{model.llama.width} wide, {model.llama.num_layers} layers",
+        },
         num_tensors=len(names),
         num_parameters=sum(math.prod(folder.shape(name)) for name in names),
         dtypes=Counter(str(folder.dtype(name)) for name in names),
-        notes=tuple(notes),
+        notes=tuple(
+            f"{part} from {', '.join(file['name'] for file in source['files'])}"
+            for part, source in folder.sources.items()
+            if source["files"]
+        ),
     )
 
 
@@ -166,6 +169,11 @@ def _of_source(path: Path, source: TensorSource, *, notes: tuple[str, ...] = ())
         notes += more
     if kind is Kind.UNKNOWN:
         notes = (*notes, f"its first tensors: {', '.join(names[:4]) or 'none'}")
+    if source.metadata.get("left_alone"):
+        notes = (
+            *notes,
+            f"beside the weights, not read: {', '.join(source.metadata['left_alone'])}",
+        )
     sizes = _SIZES[kind](source) if kind in _SIZES else {}
     return FileFacts(
         path=path,
@@ -273,8 +281,8 @@ def _fits(kind: Kind, sizes: Mapping[str, int | str], preset: Preset) -> bool:
         return same and sizes["blocks"] in (used, used + 1)  # the published file has one more
     qformer = model.qformer
     if kind in (Kind.QFORMER, Kind.BLIP2) and qformer is not None:
-        shown = tuple(sizes.get(key) for key in ("queries", "width", "layers"))
-        return shown == (qformer.num_queries, qformer.width, qformer.num_layers)
+        wanted = (qformer.num_queries, qformer.width, qformer.num_layers)
+        return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == wanted
     return False
 
 

@@ -163,7 +163,7 @@ def write_projection(
         **{key: x if isinstance(x, str) else json.dumps(x) for key, x in info.facts().items()},
         "sha256": _hash(arrays[WEIGHT], arrays[BIAS]),
     }
-    with replacing(path, failures=(SafetensorError,)) as partial:
+    with replacing(path, failures=(OSError, SafetensorError)) as partial:
         save_file(arrays, partial, metadata=metadata)
 
 

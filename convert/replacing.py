@@ -17,22 +17,21 @@ from minigpt4_jax.config import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+def replacing(path: Path, *, failures: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place at the end; its folder is made.
 
     Args:
-        failures: how the writer says "disk full", if not as OSError.
+        failures: how the writer says "disk full".
 
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    errors: tuple[type[Exception], ...] = (OSError, *failures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except errors as error:
+    except failures as error:
         raise UserError(
             f"{path} cannot be written ({error}). Expected a folder that you may write to, with room; choose another "
             "place, or free some space."

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from convert.pth import PthSource
 from convert.shards import add_tensors, check_index, shard_files
 from minigpt4_jax.config import UserError
-from minigpt4_jax.weight_files import DTYPES
+from minigpt4_jax.weight_files import DTYPES as SAFETENSORS_DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -131,10 +131,10 @@ class GgufSource:
     def dtype(self, name: str) -> np.dtype[Any]:
         tensor = self._tensors[name]
         if tensor.tensor_type == self._gguf.GGMLQuantizationType.BF16:  # bytes, to the package
-            return np.dtype(ml_dtypes.bfloat16)
-        if tensor.data.dtype == np.uint8:  # quantised
-            return np.dtype(np.float32)
-        return np.dtype(tensor.data.dtype)
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
+        plain: np.dtype[Any] = tensor.data.dtype
+        return np.dtype(np.float32) if plain == np.uint8 else plain
 
     def get(self, name: str) -> Array:
         tensor, shape, dtype = self._tensors[name], self.shape(name), self.dtype(name)
@@ -256,11 +256,11 @@ class SafetensorsSource:
 
     def dtype(self, name: str) -> np.dtype[Any]:
         stored = self._files[name].get_slice(name).get_dtype()
-        if stored not in DTYPES:
+        if stored not in SAFETENSORS_DTYPES:
             raise UserError(
-                f"{self._path}: {name} is stored as {stored}; expected one of {', '.join(DTYPES)}."
+                f"{self._path}: {name} is stored as {stored}; expected one of {', '.join(SAFETENSORS_DTYPES)}."
             )
-        return DTYPES[stored]
+        return SAFETENSORS_DTYPES[stored]
 
     def get(self, name: str) -> Array:
         array: Array = self._files[name].get_tensor(name)

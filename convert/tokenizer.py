@@ -224,9 +224,8 @@ def _find(source: Path) -> Path:
         )
     folder = source.parent if source.is_file() else source
     places = [folder / MODEL, folder / FAST]
-    if (
-        folder / "params.json"
-    ).is_file():  # Meta keeps one tokenizer above the folders of all sizes
+    # Meta keeps one tokenizer above the folders of all sizes.
+    if (folder / "params.json").is_file():
         places.append(folder.absolute().parent / MODEL)
     for place in places:
         if place.is_file():

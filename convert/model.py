@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.rules import ConversionError, Filled, Plan, Problem, Step
+from convert.problems import ConversionError, Problem
+from convert.rules import Filled, Plan, Step
 from convert.safetensors_writer import write_safetensors
 from minigpt4_jax.checksums import file_checksum, write_checksums
 from minigpt4_jax.config import UserError

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from convert.parts import OpenedModel
-from convert.rules import Array, ConversionError
+from convert.problems import ConversionError
+from convert.rules import Array
 from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.model_folder import ModelFolder
 

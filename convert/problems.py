@@ -29,6 +29,7 @@ DOUBLE = "filled by more than one rule"
 UNKNOWN = "filled by a rule, but not a parameter of the model"
 UNFILLED = "a parameter of the model that no rule fills"
 MISSHAPEN = "of the wrong shape"
+UNFIT = "not what its operation takes"
 NOT_FINITE = "not finite"
 NOT_EQUAL = "excused as a copy, but not equal to it"
 KINDS = (
@@ -39,6 +40,7 @@ KINDS = (
     UNKNOWN,
     UNFILLED,
     MISSHAPEN,
+    UNFIT,
     NOT_FINITE,
     NOT_EQUAL,
 )

@@ -29,6 +29,7 @@ from convert.problems import (
     NOT_EQUAL,
     NOT_FINITE,
     UNFILLED,
+    UNFIT,
     UNKNOWN,
     UNUSED,
     ConversionError,
@@ -220,7 +221,7 @@ class Plan:
             value = step.rule.op.apply(*(self.source.get(name) for name in step.sources))
         except ValueError as error:
             text = f"{step.path} <- {' , '.join(step.sources)}: {error}"
-            return None, [Problem(MISSHAPEN, text)]
+            return None, [Problem(UNFIT, text)]
         value = contiguous(value)
         value = value if self._dtype is None else value.astype(self._dtype, copy=False)
         return value, _value_problems(step.path, step.sources, value, self._shapes)

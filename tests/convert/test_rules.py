@@ -125,8 +125,8 @@ def test_wrong_shape_is_reported() -> None:
 
 def test_shape_that_an_operation_cannot_take_is_reported() -> None:
     found = problems(arrays() | {"h.2.w": numbered(6)})
-    assert list(found) == [listed.MISSHAPEN]
-    assert "expected 2 axes, the tensor has shape [6]" in found[listed.MISSHAPEN][0]
+    assert list(found) == [listed.UNFIT]
+    assert "expected 2 axes, the tensor has shape [6]" in found[listed.UNFIT][0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -152,6 +152,13 @@ def encode_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     ]
 
 
+def composed_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
+    """(folder, file of pictures, file of the image tower) of the compositions that the converter knows."""
+    towers = sorted(path.name for path in (golden.folder / VIT).glob("*.pth"))
+    held = [case for case in encode_cases(golden) if case[0] != V2]
+    return [(*case, tower) for case in held for tower in towers]
+
+
 def noqf_cases(golden: GoldenSet) -> dict[str, Any]:
     file = f"{NOQF}/cases.json"
     return golden.report(file) if golden.has(file) else {}
@@ -325,6 +332,7 @@ CASES: dict[str, Callable[[GoldenSet], list[Any]]] = {
     "beam_case": beam_cases,
     "plain_greedy_case": plain_greedy_cases,
     "qformer_case": qformer_cases,
+    "composed_case": composed_cases,
     "encode_case": encode_cases,
     "forward_case": forward_cases,
     "answer_case": answer_cases,

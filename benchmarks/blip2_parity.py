@@ -5,8 +5,8 @@
 Published weights are not needed to see that the two compute the same: both get random ones, ours through the strict
 tables for Hugging Face's names. Prints the largest difference of every stage, relative to the stage's largest value.
 Needs the `parity` extra and about 10 GB of memory: torch answers first and is gone before JAX starts. Not for: speed,
-and the original's own numbers (`tests/parity/golden`). Weights are drawn so that every part moves the result: transformers'
-own random ones are nearly zero, so a mistake would hide.
+and the original's own numbers (`tests/parity/golden`). Weights are drawn so that every part moves the result:
+transformers' own random ones are nearly zero, so a mistake would hide.
 """
 
 from __future__ import annotations

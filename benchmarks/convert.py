@@ -16,12 +16,14 @@ needed: twice the model, three times for a delta.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
 import platform
 import shutil
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+# This file has the name of the package that it measures.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 SHARD_BYTES = 5_000_000_000
 SLICES = 1_000
@@ -65,12 +70,10 @@ def hf_shapes(llama: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (llama.vocab_size, width)
 
 
-def build(folder: Path, preset: str) -> None:
+def build(folder: Path, llama: Any) -> None:
     """A Hugging Face folder in shards, with its index and its config."""
     from convert.safetensors_writer import write_safetensors
-    from minigpt4_jax.presets import get_preset
 
-    llama = get_preset(preset).model.llama
     folder.mkdir(parents=True)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     room = SHARD_BYTES
@@ -107,17 +110,99 @@ def build(folder: Path, preset: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def convert(source: Path, out: Path, preset: str) -> None:
+def make_delta(folder: Path) -> None:
+    """Makes a copy of a model into a delta: its norms become small, its kernels stay what is to be added."""
+    from convert.safetensors_writer import write_safetensors
+    from convert.sources import SafetensorsSource
+
+    for file in sorted(folder.glob("*.safetensors")):
+        source = SafetensorsSource(file)
+        entries = []
+        for name in source.names():
+
+            def values(name: str = name, source: Any = source) -> np.ndarray:
+                tensor = np.asarray(source.get(name))
+                return tensor * np.asarray(0.01, tensor.dtype) if "norm" in name else tensor
+
+            entries.append((name, source.shape(name), source.dtype(name), values))
+        write_safetensors(file, entries)
+
+
+def rewrite(folder: Path, kind: str) -> None:
+    """Turns the shards of a Hugging Face folder into PyTorch's, or into two of Meta's with their params.json."""
+    from convert.pth import write_pth
+    from convert.sources import SafetensorsSource
+
+    if kind == "bin":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        for file in sorted(folder.glob("*.safetensors")):
+            source = SafetensorsSource(file)
+            write_pth(file.with_suffix(".bin"), {name: source.get(name) for name in source.names()})
+            file.unlink()
+        weight_map = {name: file.replace(".safetensors", ".bin") for name, file in index.items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").unlink()
+        return
+    config = json.loads((folder / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    source = SafetensorsSource(folder)
+    for part in range(2):
+        tensors = {}
+        for name in source.names():
+            theirs, axis = meta_name(name)
+            value = np.asarray(source.get(name))
+            if theirs.endswith(("wq.weight", "wk.weight")):  # rotary pairs are neighbours there
+                rows, width = value.shape
+                value = value.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2)
+                value = value.reshape(rows, width)
+            tensors[theirs] = value if axis is None else np.split(value, 2, axis)[part]
+        write_pth(folder / f"consolidated.{part:02d}.pth", tensors)
+    params = {
+        "dim": config["hidden_size"], "n_layers": config["num_hidden_layers"], "n_heads": heads,
+        "multiple_of": 256, "norm_eps": config["rms_norm_eps"], "vocab_size": -1,
+    }  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+    for file in (
+        *folder.glob("*.safetensors"),
+        *folder.glob("*.index.json"),
+        folder / "config.json",
+    ):
+        file.unlink()
+
+
+def meta_name(name: str) -> tuple[str, int | None]:
+    """What Meta calls a tensor, and the axis that its tensor-parallel shards are parts of."""
+    names: dict[str, tuple[str, int | None]] = {
+        "model.embed_tokens.weight": ("tok_embeddings.weight", 1),
+        "model.norm.weight": ("norm.weight", None),
+        "lm_head.weight": ("output.weight", 0),
+        "self_attn.q_proj": ("attention.wq", 0),
+        "self_attn.k_proj": ("attention.wk", 0),
+        "self_attn.v_proj": ("attention.wv", 0),
+        "self_attn.o_proj": ("attention.wo", 1),
+        "mlp.gate_proj": ("feed_forward.w1", 0),
+        "mlp.down_proj": ("feed_forward.w2", 1),
+        "mlp.up_proj": ("feed_forward.w3", 0),
+        "input_layernorm": ("attention_norm", None),
+        "post_attention_layernorm": ("ffn_norm", None),
+    }
+    if name in names:
+        return names[name]
+    _, _, layer, rest = name.split(".", 3)
+    theirs, axis = names[rest.removesuffix(".weight")]
+    return f"layers.{layer}.{theirs}.weight", axis
+
+
+def convert(source: Path, delta: Path | None, out: Path, preset: Any) -> None:
     """The language model of a preset, as the command converts it."""
     from convert.llama_files import open_llama
     from convert.model import write_model
     from convert.parts import llama_plan
-    from minigpt4_jax.presets import get_preset
 
-    opened = open_llama(source)
+    opened = open_llama(source, delta=delta, max_positions=preset.model.llama.max_positions)
     write_model(
-        out, {"llama": llama_plan(opened, get_preset(preset).model)}, preset=get_preset(preset),
-        tokenizer=lambda folder: None, facts={}, progress=lambda *_: None,
+        out, {"llama": llama_plan(opened, preset.model)}, preset=preset,
+        tokenizer=lambda folder: None, facts={}, settings={}, progress=lambda *_: None,
     )  # fmt: skip
 
 
@@ -131,7 +216,7 @@ def copy(source: Path, out: Path) -> None:
             os.fsync(written.fileno())
 
 
-def restore(source: Path, out: Path, preset: str) -> None:
+def restore(source: Path, delta: Path | None, out: Path, preset: Any) -> None:
     """Every layer onto eight devices, and random slices against the source."""
     import jax
 
@@ -141,12 +226,12 @@ def restore(source: Path, out: Path, preset: str) -> None:
     from convert.parts import llama_plan
     from minigpt4_jax.model_folder import ModelFolder, file_of
     from minigpt4_jax.models.minigpt4 import abstract_params
-    from minigpt4_jax.presets import get_preset
     from minigpt4_jax.sharding import make_mesh, make_shardings
 
-    model = get_preset(preset).model
+    model = preset.model
     folder = ModelFolder(out)
-    plan = llama_plan(open_llama(source), model)
+    opened = open_llama(source, delta=delta, max_positions=model.llama.max_positions)
+    plan = llama_plan(opened, model)
     mesh = make_mesh(fsdp=2, tensor=4)
     llama = {"llama": abstract_params(model)["llama"]}
     shardings = make_shardings(mesh, llama)
@@ -227,30 +312,46 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def run(preset: str, scratch: Path, rounds: int) -> Result:
+def run(name: str, kind: str, layers: int | None, scratch: Path, rounds: int) -> Result:
     """One model: build, copy and convert in turns, restore."""
-    source = scratch / preset
-    result: Result = {"build": measure(f"{preset}: build", build, source, preset)}
+    from minigpt4_jax.presets import get_preset
+
+    preset = get_preset(name)
+    if layers is not None:
+        llama = dataclasses.replace(preset.model.llama, num_layers=layers)
+        preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, llama=llama))
+    llama = preset.model.llama
+    label = f"{name}, {kind}"
+    source, delta, out = scratch / "source", None, scratch / "out"
+    result: Result = {
+        "layers": llama.num_layers,
+        "build": measure(f"{label}: build", build, source, llama),
+    }
+    if kind == "delta":
+        delta = scratch / "delta"
+        shutil.copytree(source, delta)
+        measure(f"{label}: the delta", make_delta, delta)
+    elif kind != "safetensors":
+        measure(f"{label}: to {kind}", rewrite, source, kind)
     result["bytes"] = folder_bytes(source)
     copies, conversions = [], []
     for number in range(rounds):
-        copied = measure(f"{preset}: copy", copy, source, scratch / "copy")
+        copied = measure(f"{label}: copy", copy, source, scratch / "copy")
         shutil.rmtree(scratch / "copy")
-        converted = measure(f"{preset}: convert", convert, source, scratch / "out", preset)
+        converted = measure(f"{label}: convert", convert, source, delta, out, preset)
         copies.append(copied)
         conversions.append(converted)
         if number + 1 < rounds:
-            shutil.rmtree(scratch / "out")
-    result["restore"] = measure(f"{preset}: restore", restore, source, scratch / "out", preset)
-    shutil.rmtree(scratch / "out")
-    shutil.rmtree(source)
+            shutil.rmtree(out)
+    result["restore"] = measure(f"{label}: restore", restore, source, delta, out, preset)
+    for folder in (out, source, *([delta] if delta else [])):
+        shutil.rmtree(folder)
     result |= {"copy": copies, "convert": conversions, "slices_compared": SLICES}
-    result["ratio_to_copy"] = round(
-        statistics.median(c["seconds"] for c in conversions)
-        / statistics.median(c["seconds"] for c in copies),
-        2,
-    )
-    print(f"{preset}: {result['ratio_to_copy']} times a plain copy", flush=True)
+    times = [
+        statistics.median(step["seconds"] for step in steps) for steps in (conversions, copies)
+    ]
+    result["ratio_to_copy"] = round(times[0] / times[1], 2)
+    print(f"{label}: {result['ratio_to_copy']} times a plain copy", flush=True)
     return result
 
 
@@ -259,16 +360,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["vicuna-7b"], metavar="PRESET")
     parser.add_argument("--folder", type=Path, required=True, help="scratch space")
+    parser.add_argument("--source", choices=SOURCES, default="safetensors")
+    parser.add_argument("--layers", type=int, metavar="L", help="default: as many as the model has")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    result: Result = {
-        "hardware": {"cores": os.cpu_count(), "python": platform.python_version()},
-        "models": {},
-    }
-    for preset in args.models:
-        result["models"][preset] = run(preset, args.folder, args.rounds)
+    result: Result = {"hardware": {}, "models": {}}
+    if args.out and args.out.exists():  # other models and formats stay
+        result = json.loads(args.out.read_text())
+    result["hardware"] = {"cores": os.cpu_count(), "python": platform.python_version()}
+    for name in args.models:
+        label = f"{name}, {args.source}"
+        result["models"][label] = run(name, args.source, args.layers, args.folder, args.rounds)
         if args.out:
             beside = args.out.with_suffix(".tmp")
             beside.write_text(json.dumps(result, indent=1) + "\n")

@@ -198,7 +198,7 @@ def _layers(count: int) -> dict[str, int]:
 
 
 def _load(folder: ModelFolder, parts: tuple[str, ...]) -> tuple[MiniGPT4, Any]:
-    """The model, and parts of the folder as float32; not stacked: a stack needs its largest leaf twice, 11 GB of 13B."""
+    """The model, and parts of the folder as float32, not stacked: that takes the largest leaf twice."""
     config = folder.preset.model
     abstract = {part: abstract_params(config)[part] for part in parts}
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

@@ -26,7 +26,7 @@ from minigpt4_jax.config import UserError
 
 GROWN = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors that may have one row more in the delta: both of them, or neither."""
-BLOCK = 1 << 24
+BLOCK = 1 << 21
 """Elements that are added at a time, so that no float32 copy of a whole tensor is held."""
 
 

@@ -7,8 +7,10 @@ Not for: whether a file is complete and fits the model: that is the tables' work
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ from convert.meta import MetaSource, is_meta_folder
 from convert.projection import FITS, WEIGHT
 from convert.sources import TensorSource, open_source
 from minigpt4_jax.config import UserError
+from minigpt4_jax.model_folder import FORMAT, MANIFEST, ModelFolder
 from minigpt4_jax.presets import PRESETS, Preset
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -71,7 +74,7 @@ def describe_file(path: Path) -> FileFacts:
     if not path.exists():
         raise UserError(f"There is no {path}; expected a file or folder.")
     if _is_model_folder(path):
-        return FileFacts(path=path, kind=Kind.MODEL_FOLDER)
+        return _of_model_folder(path)
     if _is_tokenizer(path):
         return FileFacts(path=path, kind=Kind.TOKENIZER)
     if path.is_dir():
@@ -109,8 +112,33 @@ def fact_rows(facts: FileFacts) -> Iterator[tuple[str, str]]:
 
 
 def _is_model_folder(path: Path) -> bool:
-    """The one place that knows what marks a folder that this project wrote."""
-    return (path / "manifest.json").is_file() and (path / "params").is_dir()
+    try:
+        return json.loads((path / MANIFEST).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _of_model_folder(path: Path) -> FileFacts:
+    folder = ModelFolder(path)
+    names, model = folder.names(), folder.preset.model
+    parts = dict.fromkeys(name.split("/")[0] for name in names)
+    return FileFacts(
+        path=path,
+        kind=Kind.MODEL_FOLDER,
+        sizes={
+            "parts": ", ".join(parts),
+            "image tokens": model.num_image_tokens,
+            "language model": f"{model.llama.width} wide, {model.llama.num_layers} layers",
+        },
+        num_tensors=len(names),
+        num_parameters=sum(math.prod(folder.shape(name)) for name in names),
+        dtypes=Counter(str(folder.dtype(name)) for name in names),
+        notes=tuple(
+            f"{part} from {', '.join(file['name'] for file in source['files'])}"
+            for part, source in folder.sources.items()
+            if source["files"]
+        ),
+    )
 
 
 def _is_tokenizer(path: Path) -> bool:
@@ -253,8 +281,8 @@ def _fits(kind: Kind, sizes: Mapping[str, int | str], preset: Preset) -> bool:
         return same and sizes["blocks"] in (used, used + 1)  # the published file has one more
     qformer = model.qformer
     if kind in (Kind.QFORMER, Kind.BLIP2) and qformer is not None:
-        ours = (qformer.num_queries, qformer.width, qformer.num_layers)
-        return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == ours
+        wanted = (qformer.num_queries, qformer.width, qformer.num_layers)
+        return tuple(sizes.get(key) for key in ("queries", "width", "layers")) == wanted
     return False
 
 

@@ -1,4 +1,4 @@
-"""Writes a whole model as a folder (`minigpt4_jax/model_folder.py`), one layer in memory at a time.
+"""Writes a whole model as a folder (`minigpt4_jax/model_folder.py`), two layers in memory at most.
 
 For: `write_model`: checks every name before it writes, every value before it writes its layer; goes on behind the last
 whole layer when it was interrupted; and what is not finished has another name, under which nothing loads it.
@@ -137,24 +137,33 @@ def _groups(plans: Mapping[str, Plan]) -> dict[str, Group]:
 def _write_groups(
     groups: Mapping[str, Group], kept: Mapping[str, Any], journal: _Journal, progress: Progress
 ) -> tuple[list[Filled], list[Problem]]:
+    """Makes and writes every file that is not there yet: while one is written, the next one is made."""
     total = sum(map(len, groups.values()))
     done = sum(len(groups[name]) for name in kept)
     filled: list[Filled] = []
     problems: list[Problem] = []
-    for name, group in groups.items():
-        if name in kept:
-            continue
-        values = {}
-        for plan, step in group:
-            value, found = plan.make(step)
-            problems += found
-            if value is not None:
-                values[step.path] = value
-                filled.append(Filled(step.rule, step.path, value.shape, str(value.dtype)))
-            done += 1
-            progress("Converting", done, total)
-        if not problems:  # after the first one the rest is only looked at, so that all are reported
-            journal.write(name, values)
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for name, group in groups.items():
+            if name in kept:
+                continue
+            values = {}
+            for plan, step in group:
+                value, found = plan.make(step)
+                problems += found
+                if value is not None:
+                    values[step.path] = value
+                    filled.append(Filled(step.rule, step.path, value.shape, str(value.dtype)))
+                done += 1
+                progress("Converting", done, total)
+            if writing is not None:
+                writing.result()  # never more than two files in memory
+            if (
+                not problems
+            ):  # after the first one the rest is only looked at, so that all are reported
+                writing = writer.submit(journal.write, name, values)
+        if writing is not None:
+            writing.result()
     return filled, problems
 
 

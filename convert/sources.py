@@ -131,7 +131,8 @@ class GgufSource:
     def dtype(self, name: str) -> np.dtype[Any]:
         tensor = self._tensors[name]
         if tensor.tensor_type == self._gguf.GGMLQuantizationType.BF16:  # bytes, to the package
-            return np.dtype(ml_dtypes.bfloat16)
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
         plain: np.dtype[Any] = tensor.data.dtype
         return np.dtype(np.float32) if plain == np.uint8 else plain
 

@@ -173,7 +173,8 @@ class Damage:
         self._shell = f"touch {folder / CANARY}"
         self._kinds = (
             self.whole, self.cut, self.flipped, self.flipped_pickle, self.flipped_headers, self.opcodes,
-            self.opcodes, self.opcodes, self.extremes, self.calls, self.spliced, self.header_fields, self.noise,
+            self.opcodes, self.opcodes, self.extremes, self.expanded, self.calls, self.spliced, self.header_fields,
+            self.noise,
         )  # fmt: skip
 
     def draw(self) -> bytes:
@@ -246,6 +247,16 @@ class Damage:
         places = [k for k, part in enumerate(parts) if part[:1] in (b"\x8a", b"K")]
         for at in self._rng.sample(places, min(len(places), self._rng.choice((1, 1, 2, 4)))):
             parts[at] = number(self._rng.choice(NUMBERS))
+        return seed.packed(b"".join(parts))
+
+    def expanded(self, seed: Seed) -> bytes:
+        """A large number and zeros behind it: now and then these are the length of an axis and its strides."""
+        parts = _opcodes(seed.pickle)
+        places = [k for k, part in enumerate(parts) if part[:1] == b"\x8a"]
+        first = self._rng.randrange(len(places))
+        parts[places[first]] = number(self._rng.choice((1_000, 2**20, 2**40, 2**62)))
+        for at in places[first + 1 :][: self._rng.randrange(4)]:
+            parts[at] = number(0)
         return seed.packed(b"".join(parts))
 
     def calls(self, seed: Seed) -> bytes:

@@ -23,6 +23,8 @@ Not for: drawing tokens (beams are certain), prompts, the loop over steps (`engi
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -132,7 +134,7 @@ def beam_step(params: Params, state: BeamState, rules: BeamRules, *, model: Mini
     )
     following, parents = _advance(state, logits.reshape(batch, num_beams, -1), rules)
     rows = (jnp.arange(batch)[:, None] * num_beams + parents).reshape(-1)
-    return following.replace(caches=jax.tree.map(lambda leaf: leaf[rows], caches))
+    return dataclasses.replace(following, caches=jax.tree.map(lambda leaf: leaf[rows], caches))
 
 
 def rank(state: BeamState, rules: BeamRules) -> Answers:
@@ -164,7 +166,8 @@ def _advance(
     scores, places = jax.lax.top_k(going_on.reshape(batch, -1), num_beams)
     parents, tokens = places // vocab, places % vocab
     finished, done = _finish(state, best, best_places, rules)
-    following = state.replace(
+    following = dataclasses.replace(
+        state,
         scores=scores,
         token_ids=_append(state, parents, tokens),
         step=state.step + 1,

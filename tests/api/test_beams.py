@@ -10,7 +10,7 @@ import pytest
 from minigpt4_jax import MiniGPT4
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.engine import Hypothesis
-from tests.api.tiny import SHORT, start
+from tests.api.tiny import SHORT, Recorder, start
 
 BEAMS = dataclasses.replace(SHORT, num_beams=3)
 
@@ -72,3 +72,25 @@ def test_the_best_answer_of_a_search_is_given_and_settings_reach_it(
     expected = {"num_beams": 3, "length_penalty": 0.5, "repetition_penalty": 3.0}
     expected |= {"max_new_tokens": 12, "stop_tokens": stops, "written": ()}
     assert asked == [expected]
+
+
+def test_a_vicuna_answer_ends_at_its_stop_string_though_no_stop_token_comes(
+    model: MiniGPT4, engine: Recorder, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(model, "context", 1000)
+    preset = dataclasses.replace(model.preset, template="vicuna_v0")
+    monkeypatch.setattr(model, "preset", preset)
+    written = "Assistant: A cat.###Human: And a ###dog? Assistant: Yes."
+    ids = tokenizer.encode(written)
+    assert tokenizer.special("</s>") not in ids
+    chat = start(model)
+    rest = iter(ids)
+    engine.script = [rest]  # type: ignore[list-item]  # counted: what is left of it was never generated
+    assert chat.ask("What?") == "A cat."
+    assert chat.finish_reason == "stop"
+    assert tokenizer.decode(list(rest)) == "Human: And a ###dog? Assistant: Yes."
+    # Many at once, and beams, go on to their last token; what follows the stop is cut off.
+    monkeypatch.setattr(model._engine, "generate", lambda *a, **k: [ids])
+    monkeypatch.setattr(model._engine, "beam_search", lambda *a, **k: [[Hypothesis(ids, -1.0)]])
+    assert model.generate(pictures[:1], ["What?"], generation=SHORT) == ["A cat."]
+    assert model.generate(pictures[:1], ["What?"], generation=BEAMS) == ["A cat."]

@@ -15,7 +15,9 @@ from convert.detect import Kind
 from convert.facts import FileFacts, describe_file, fact_rows, print_facts
 from convert.projection import ProjectionInfo, write_projection
 from convert.sources import SafetensorsSource
+from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.config import ModelConfig, UserError
+from minigpt4_jax.model_folder import manifest_of
 from minigpt4_jax.presets import PRESETS
 from tests import llama_forms as forms
 from tests.torch_files import write_pth
@@ -179,9 +181,18 @@ def test_tokenizers_and_folders_of_this_project(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"")
     assert describe_file(tmp_path / "tokenizer.model").kind is Kind.TOKENIZER
     assert describe_file(tmp_path).kind is Kind.TOKENIZER
-    (tmp_path / "params").mkdir()
-    (tmp_path / "manifest.json").write_text(json.dumps({}))
-    assert describe_file(tmp_path).kind is Kind.MODEL_FOLDER
+    (tmp_path / "weights").mkdir()
+    arrays = {"llama_proj/kernel": np.ones((4, 3), np.float16), "llama_proj/bias": np.ones(3)}
+    save_file(arrays, tmp_path / "weights" / "llama_proj.safetensors")
+    sources = {"llama_proj": {"files": [{"name": "proj.pth"}]}, "ln_vision": {"files": []}}
+    manifest = manifest_of(PRESETS["tiny"], sources, {})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_checksums(tmp_path)
+    facts = describe_file(tmp_path)
+    assert facts.kind is Kind.MODEL_FOLDER
+    assert (facts.num_tensors, facts.num_parameters) == (2, 15)
+    assert facts.dtypes == {"float16": 1, "float64": 1}
+    assert facts.notes == ("llama_proj from proj.pth",)
 
 
 def test_unknown_file_shows_what_it_holds(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
+from minigpt4_jax.generation.beam import BeamRules, beam_step, rank, start_beams
 from minigpt4_jax.generation.engine import Engine, Hypothesis
 from minigpt4_jax.generation.sampling import GREEDY
 from minigpt4_jax.models.attention import make_causal_mask
+from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import abstract_params, make_model
 
@@ -247,6 +249,34 @@ def test_a_search_ends_when_all_rows_are_settled(
         steps.clear()
         run(small, [prompt], **settings)
         assert len(steps) == expected - 1  # the first token comes with the prompt
+
+
+def test_a_row_that_is_settled_takes_no_further_answers(small: Engine) -> None:
+    config = small.config.llama
+    rules = BeamRules(
+        stops=np.arange(VOCAB) == STOP,
+        length_penalty=np.float32(1.0),
+        repetition_penalty=np.float32(1.0),
+        length_before=np.int32(1),
+    )
+    state = start_beams(
+        jnp.zeros((2, VOCAB)),
+        init_cache(config, 2, num_slots=8, dtype=jnp.float32),
+        jnp.ones(2, jnp.int32),
+        jnp.zeros((2, VOCAB), bool),
+        rules,
+        num_beams=VOCAB - 1,
+        num_slots=8,
+    )
+    state = dataclasses.replace(state, done=jnp.asarray([True, False]))
+    before = np.asarray(state.finished.scores)
+    likely = dataclasses.replace(
+        rules, stops=np.ones(VOCAB, bool)
+    )  # whatever comes next ends an answer
+    after = beam_step(small._params, state, likely, model=small._model)
+    np.testing.assert_array_equal(after.finished.scores[0], before[0])
+    assert (np.asarray(after.finished.scores[1]) > before[1]).any()
+    np.testing.assert_array_equal(rank(after, likely).scores[0], before[0])
 
 
 def test_there_are_no_more_answers_than_a_tiny_vocabulary_has(

@@ -15,7 +15,7 @@ the image processors make of them, `test_golden_optim.py` schedules, weight deca
 Nothing about a set is written down here but the layout of its files: sizes, eps, cases, texts and special ids are read
 from its reports and arrays. A case that a set does not hold is not collected; a folder that holds none is a failure.
 Needs the `parity` extra (sentencepiece), not torch. Not for: the original's code (it is not here; sets are made
-elsewhere) and MiniGPT-v2's chat (it comes with its features).
+elsewhere) and MiniGPT-v2's training on texts and conversations (it comes with its features).
 """
 
 from __future__ import annotations
@@ -208,6 +208,11 @@ class GoldenSet:
             "scale": held.get("ln_vision_weight", plain["scale"]),
             "bias": held.get("ln_vision_bias", plain["bias"]),
         }
+
+    def blip2_ln_vision(self) -> dict[str, np.ndarray]:
+        """`ln_vision` of the Q-Former's file, also of a set that has no more of the Q-Former than this."""
+        source = open_source(self.folder / BLIP2)
+        return {"scale": source.get("ln_vision.weight"), "bias": source.get("ln_vision.bias")}
 
 
 GOLDEN = GoldenSet(FOLDER)

@@ -14,7 +14,8 @@ VIT, QFORMER, V1, NOQF, V2 = "eva_vit", "qformer", "minigpt4_v1", "minigpt4_noqf
 OPTIM, IMAGES = "optim", "images"
 BASE_LLAMA = "llama_mha"
 """The language model behind all compositions, as the README of the sets says."""
-BLIP2 = "qformer/blip2_qformer.pth"
+BLIP2, QFORMER_REPORT = "qformer/blip2_qformer.pth", "qformer/qformer_report.json"
+COMPOSITIONS = (V1, NOQF, V2)
 PLACEHOLDER = "<ImageHere>"
 
 
@@ -140,7 +141,7 @@ def plain_greedy_cases(golden: GoldenSet) -> list[tuple[str, str]]:
 def qformer_cases(golden: GoldenSet) -> list[str]:
     """`qformer_a.npz`...: what the Q-Former made of image tokens, with and without a mask."""
     held = sorted(path.name for path in (golden.folder / QFORMER).glob("qformer_*.npz"))
-    return held if golden.has(BLIP2) else []
+    return held if golden.has(BLIP2) and golden.has(QFORMER_REPORT) else []
 
 
 def encode_cases(golden: GoldenSet) -> list[tuple[str, str]]:
@@ -157,11 +158,6 @@ def composed_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
     towers = sorted(path.name for path in (golden.folder / VIT).glob("*.pth"))
     held = [case for case in encode_cases(golden) if case[0] != V2]
     return [(*case, tower) for case in held for tower in towers]
-
-
-def noqf_cases(golden: GoldenSet) -> dict[str, Any]:
-    file = f"{NOQF}/cases.json"
-    return golden.report(file) if golden.has(file) else {}
 
 
 def forward_cases(golden: GoldenSet) -> list[tuple[str, str]]:
@@ -219,7 +215,7 @@ def model_run_cases(golden: GoldenSet) -> list[str]:
     return [
         name
         for name in run_cases(golden)
-        if golden.has(f"{V2}/cases.json" if is_v2_run(golden, name) else BLIP2)
+        if golden.has(f"{V2}/cases.json" if is_v2_run(golden, name) else f"{V1}/cases.json")
     ]
 
 
@@ -231,14 +227,25 @@ def trainer_checkpoints(golden: GoldenSet) -> list[str]:
     return sorted(path.name for path in (golden.folder / OPTIM).glob("trainer_checkpoint*.pth"))
 
 
-def answer_cases(golden: GoldenSet) -> list[tuple[str, str]]:
-    """(file, case) of every answer of the batch generate method without beams and without chance."""
+def answer_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
+    """(folder, file, case) of every answer of the batch generate method without chance, with beams and without."""
     return [
-        (name, case)
-        for name, record in noqf_cases(golden).items()
-        if name.endswith("generate") and golden.has(f"{NOQF}/{name}.npz")
+        (folder, name, case)
+        for folder, name, record in composition_cases(golden)
+        if name.endswith("generate")
         for case, knobs in record["cases"].items()
-        if is_greedy(knobs["kwargs_reaching_llama_generate"])
+        if not knobs["kwargs_reaching_llama_generate"].get("do_sample", False)
+    ]
+
+
+def composition_cases(golden: GoldenSet) -> list[tuple[str, str, dict[str, Any]]]:
+    """(folder, case, its record) of whatever was run through one of the compositions, if its arrays are held."""
+    return [
+        (folder, name, record)
+        for folder in COMPOSITIONS
+        if golden.has(f"{folder}/cases.json")
+        for name, record in golden.report(f"{folder}/cases.json").items()
+        if golden.has(f"{folder}/{name}.npz")
     ]
 
 
@@ -271,12 +278,10 @@ def picture_differences(golden: GoldenSet) -> list[tuple[str, str]]:
     ]
 
 
-def chat_cases(golden: GoldenSet) -> list[str]:
-    """Conversations of several turns, drawn from the likeliest token alone."""
+def chat_cases(golden: GoldenSet) -> list[tuple[str, str]]:
+    """(folder, case) of conversations of several turns, drawn from the likeliest token alone."""
     return [
-        name
-        for name, case in noqf_cases(golden).items()
-        if "turns" in case and golden.has(f"{NOQF}/{name}.npz")
+        (folder, name) for folder, name, record in composition_cases(golden) if "turns" in record
     ]
 
 

@@ -34,7 +34,6 @@ def test_golden_qformer_sizes_are_those_of_the_report(golden: Any, qformer_case:
     dims, config = report["dims"], model.qformer
     assert (config.num_layers, config.num_queries) == (dims["layers"], dims["nq"])
     assert (config.width, config.mlp_width) == (dims["hidden"], dims["inter"])
-    assert config.cross_attention_every == dims["cross_attention_freq"]
     assert model.vit.width == dims["encoder_width"]
     cross = [i for i in range(config.num_layers) if config.has_cross_attention(i)]
     assert cross == report["cross_attention_layers"]

@@ -76,9 +76,7 @@ def test_golden_vit_blocks_and_tokens(golden: Any, vit_case: str, layout: Layout
 
 
 def test_golden_vit_tokens_after_blip2_ln_vision(golden: Any, vit_case_with_blip2: str) -> None:
-    tokens, _, held = encode(
-        golden, vit_case_with_blip2, ln_vision=golden.qformer()[1].params["ln_vision"]
-    )
+    tokens, _, held = encode(golden, vit_case_with_blip2, ln_vision=golden.blip2_ln_vision())
     np.testing.assert_allclose(tokens, held["tokens_ln_vision"], **LN_VISION)
 
 

@@ -252,7 +252,7 @@ WEIGHTS = (
     ),
     weights(
         "a GGUF file that was cut",
-        ("python -m convert", "llama", "m.gguf", "--out", "out"),
+        ("python -m convert", "inspect", "m.gguf"),
         "m.gguf",
         write("m.gguf", b"GGUF\3\0\0\0"),
     ),

@@ -60,15 +60,21 @@ def smol_cache(damage: Callable[[Path], None]) -> Callable[[], None]:
 
     def make() -> None:
         os.environ["MINIGPT4_CACHE"] = "cache"
+        from safetensors.numpy import save_file
+
         from convert.smol import smol_folder
-        from minigpt4_jax.checkpoint import save_params
+        from minigpt4_jax.checksums import write_checksums
         from minigpt4_jax.data.tokenizer import byte_tokenizer
+        from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, manifest_of
+        from minigpt4_jax.presets import get_preset
 
         folder = smol_folder()
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
+        (folder / WEIGHTS).mkdir(parents=True)
+        (folder / MANIFEST).write_text(json.dumps(manifest_of(get_preset("smol"), {}, {})))
         byte_tokenizer()._backend.save(str(folder / "tokenizer.json"))
-        save_params(folder / "params", {"x": np.arange(5000, dtype=np.float32)})
+        arrays = {"llama/norm/scale": np.arange(5000, dtype=np.float32)}
+        save_file(arrays, folder / WEIGHTS / "llama.safetensors")
+        write_checksums(folder)
         damage(folder)
 
     return make
@@ -76,7 +82,7 @@ def smol_cache(damage: Callable[[Path], None]) -> Callable[[], None]:
 
 def flip_largest(folder: Path) -> None:
     largest = max(
-        (f for f in folder.rglob("*") if f.is_file() and "params" in str(f)), key=os.path.getsize
+        (f for f in folder.rglob("*") if f.is_file() and "weights" in str(f)), key=os.path.getsize
     )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -225,14 +231,14 @@ WEIGHTS = (
     weights(
         "no tokenizer in the cache",
         CHAT,
-        "There is no tokenizer at.*made anew",
+        "is damaged: tokenizer.json is missing.*made anew",
         both(PICTURE, smol_cache(lambda folder: (folder / "tokenizer.json").unlink())),
         environment=(CACHE,),
     ),
     weights(
         "a tokenizer that was cut",
         CHAT,
-        "not a tokenizer.json that can be read.*made anew",
+        "is damaged: tokenizer.json has bytes.*made anew",
         both(PICTURE, smol_cache(lambda folder: (folder / "tokenizer.json").write_text('{"ver'))),
         environment=(CACHE,),
     ),

@@ -124,11 +124,6 @@ def make_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return _make_byte_level(metadata)
 
 
-def save_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Writes what `make_tokenizer` gives, and the roles that a `tokenizer.json` has no place for."""
-    _write(folder, make_tokenizer(metadata).to_str(pretty=True), _gguf_roles(metadata))
-
-
 def read_ids(folder: Path) -> tuple[int, dict[str, int]]:
     """Of a folder that was written here: the number of tokens, and `bos_token_id` and `eos_token_id`.
 

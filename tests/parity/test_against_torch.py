@@ -18,8 +18,9 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from convert import __main__ as cli
-from convert import against_torch, torch_side
+from convert import against_torch, eva_vit, torch_side
 from convert.against_torch import BAR, NEW_TOKENS, Comparison, compare_with_torch, difference
+from convert.rules import Rule
 from convert.settings import ConvertConfig
 from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.config import UserError
@@ -273,6 +274,28 @@ def test_a_mistake_in_the_manifest_is_caught_at_its_stage(
     folder = convert_tiny()
     spoil_manifest(folder, *keys, value=value)
     assert compare(ModelFolder(folder.path)).broken[0] == stage
+
+
+def test_a_wrong_table_passes_the_bits_and_is_caught_here(
+    convert_tiny: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The biases of q and v swapped in the table itself, so that folder and sources agree."""
+    right, swapped = eva_vit.eva_rules, {"attn.q_bias": "attn.v_bias", "attn.v_bias": "attn.q_bias"}
+
+    def wrong(*args: Any) -> tuple[Rule, ...]:
+        def other(name: str) -> str:
+            return next((name.replace(a, b) for a, b in swapped.items() if a in name), name)
+
+        return tuple(
+            dataclasses.replace(rule, sources=tuple(map(other, rule.sources)))
+            for rule in right(*args)
+        )
+
+    monkeypatch.setattr(eva_vit, "eva_rules", wrong)
+    folder = convert_tiny()
+    assert cli.main(["verify", folder.path]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert compare(folder).broken[0] == "image tower"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ Turns published PyTorch weights into a model folder of minigpt4_jax, and trained
                                     --qformer blip2_pretrained_flant5xxl.pth --llm vicuna-7b-v0/ \\
                                     --projection prerained_minigpt4_7b.pth --out models/vicuna-7b
   ... from LLaMA and a delta    ... --llm llama-7b/ --delta vicuna-7b-delta-v0/ ...
-  Is the folder right?          python -m convert verify models/vicuna-7b
+  Is the folder right?          python -m convert verify models/vicuna-7b [--against-torch]
   Talk to it                    minigpt4 chat PICTURE "What is this?" --model models/vicuna-7b
   Back to PyTorch               python -m convert export models/vicuna-7b --projection mine.pth
 
 Every tensor is checked by name, shape and value, one layer in memory at a time; a conversion succeeds completely or
-lists everything that is wrong (exit code 2), and one that was interrupted goes on where it stopped. docs/formats.md
-says where people find each file and which belong together.
+lists everything that is wrong (exit code 2), and one that was interrupted goes on where it stopped. docs/convert.md
+walks through it; docs/formats.md says where people find each file and which belong together.
 """
 
 

@@ -27,7 +27,7 @@ from convert.llama_tokenizer import (
     make_llama_tokenizer,
     roles,
 )
-from convert.safetensors_writer import replacing
+from convert.replacing import replacing
 from convert.sentencepiece_model import CONTROL, NORMAL, read_sentencepiece
 from convert.sources import GgufSource
 from minigpt4_jax.config import UserError

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from convert.against_torch import compare_with_torch
 from convert.arguments import make_parser
 from convert.export import export_llama
 from convert.facts import describe_file, print_facts
@@ -38,18 +39,10 @@ _err = Console(stderr=True)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, or one of `exits.py` with one message."""
-    run = {
-        "smol": _smol,
-        "preset": _convert_preset,
-        "inspect": _inspect,
-        "verify": _verify,
-        "export": _export,
-        "projection": _projection,
-    }
-    args = make_parser(run).parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     def command() -> int:
-        args.run(args)
+        COMMANDS[args.command](args)
         return 0
 
     def say(text: str) -> None:
@@ -125,6 +118,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    asked = {k: v for k in ("picture", "prompt") if (v := getattr(args, k)) is not None}
+    if asked and not args.against_torch:
+        raise UserError(f"--{next(iter(asked))} is for --against-torch; give both, or neither.")
     folder = ModelFolder(args.folder)
     name, remembered = ConvertConfig.of_folder(folder)
     settings = _settings(args, remembered)
@@ -134,6 +130,10 @@ def _verify(args: argparse.Namespace) -> None:
     _say(
         f"{args.folder}: {count} tensors ({size / 1e9:.2f} GB) are those of their sources, bit for bit"
     )
+    if args.against_torch:
+        compared = compare_with_torch(folder, name, settings, **asked)
+        compared.print(_out)
+        compared.require_same()
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -165,6 +165,16 @@ def _projection(args: argparse.Namespace) -> None:
     _write_projection(args.out, projection, info or plain, dtype=dtype)
     shape = list(projection["kernel"].shape)
     _say(f"{args.out}: {shape[0]} -> {shape[1]}, for {args.model}")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "smol": _smol,
+    "preset": _convert_preset,
+    "inspect": _inspect,
+    "verify": _verify,
+    "export": _export,
+    "projection": _projection,
+}
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

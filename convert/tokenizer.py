@@ -27,7 +27,7 @@ from convert.llama_tokenizer import (
     make_llama_tokenizer,
     roles,
 )
-from convert.safetensors_writer import replacing
+from convert.replacing import replacing
 from convert.sentencepiece_model import CONTROL, NORMAL, read_sentencepiece
 from convert.sources import GgufSource
 from minigpt4_jax.config import UserError
@@ -122,11 +122,6 @@ def make_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     if metadata.get(_KIND) == "llama":
         return make_llama_tokenizer(gguf_vocabulary(metadata, where=_GGUF))
     return _make_byte_level(metadata)
-
-
-def save_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Writes what `make_tokenizer` gives, and the roles that a `tokenizer.json` has no place for."""
-    _write(folder, make_tokenizer(metadata).to_str(pretty=True), _gguf_roles(metadata))
 
 
 def read_ids(folder: Path) -> tuple[int, dict[str, int]]:

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 from convert.sources import GgufSource
-from convert.tokenizer import convert_tokenizer, make_tokenizer, read_ids, save_tokenizer
+from convert.tokenizer import convert_tokenizer, make_tokenizer, read_ids
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.tokenizer import load_tokenizer
 from tests.tiny_tokenizer import tiny_pieces, write_model
@@ -77,7 +77,7 @@ def test_ids_are_those_of_the_gguf_file(
 def test_saved_tokenizer_has_its_roles_and_keeps_typed_markers_as_text(
     tmp_path: Path, metadata: dict[str, Any]
 ) -> None:
-    save_tokenizer(tmp_path, metadata)
+    convert_tokenizer(tmp_path / "m.gguf", tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 2)
     assert loaded.vocab_size == len(metadata["tokenizer.ggml.tokens"])
@@ -239,7 +239,7 @@ def test_gguf_files_of_both_kinds_are_converted(
 def test_a_byte_level_tokenizer_json_is_copied_as_it_is(
     tmp_path: Path, metadata: dict[str, Any]
 ) -> None:
-    save_tokenizer(tmp_path / "smol", metadata)
+    convert_tokenizer(tmp_path / "m.gguf", tmp_path / "smol")
     convert_tokenizer(tmp_path / "smol", tmp_path / "out", vocab_size=384)
     first, second = contents(tmp_path / "smol"), contents(tmp_path / "out")
     assert first["tokenizer.json"] == second["tokenizer.json"]

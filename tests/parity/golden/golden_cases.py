@@ -165,6 +165,13 @@ def other_vit_files(golden: GoldenSet) -> list[str]:
     return [file.name for file in files if file.name != "eva_vit.pth"]
 
 
+def composed_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
+    """(folder, file of pictures, file of the image tower) of the compositions that the converter knows."""
+    towers = sorted(path.name for path in (golden.folder / VIT).glob("*.pth"))
+    held = [case for case in encode_cases(golden) if case[0] != V2]
+    return [(*case, tower) for case in held for tower in towers]
+
+
 def forward_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     """(folder, case) of training forwards on pictures, of which the embedded ids were recorded.
 
@@ -342,6 +349,7 @@ CASES: dict[str, Callable[[GoldenSet], list[Any]]] = {
     "beam_case": beam_cases,
     "plain_greedy_case": plain_greedy_cases,
     "qformer_case": qformer_cases,
+    "composed_case": composed_cases,
     "encode_case": encode_cases,
     "forward_case": forward_cases,
     "composition": compositions,

@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from convert import smol
+from convert import model, smol
 from convert.fetch import WheelMember
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.tokenizer import load_tokenizer
@@ -89,12 +90,16 @@ def test_new_version_of_the_tables_makes_another_folder(
 def test_conversion_that_stops_halfway_leaves_nothing_that_loads_and_goes_on(
     error: type[BaseException], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(source: Path, folder: Path) -> None:
-        assert (folder / "weights" / "llama.safetensors").is_file()
-        raise error
+    write = model.write_safetensors
+
+    def stop(file: Path, entries: Any) -> Any:
+        if file.name == "llama.safetensors":
+            assert (file.parent / "vit.safetensors").is_file()
+            raise error
+        return write(file, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(smol, "convert_tokenizer", stop)
+        patch.setattr(model, "write_safetensors", stop)
         with pytest.raises(error):
             smol.prepare_smol()
     folder = smol.smol_folder()

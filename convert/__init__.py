@@ -7,7 +7,8 @@ Differs from the original, which loads everything with `strict=False` and prints
 uses, or a parameter that no rule fills, stops the conversion.
 """
 
-from convert.rules import Conversion, ConversionError, Excuse, Op, Rule, convert
+from convert.problems import ConversionError
+from convert.rules import Conversion, Excuse, Op, Rule, convert
 from convert.sources import ArraySource, TensorSource, open_source
 
 __all__ = [

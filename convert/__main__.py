@@ -1,7 +1,7 @@
 """`python -m convert`: what a person types to turn other programs' weights into this project's, and back.
 
-For: running a command with a progress bar and a table of what was done, exit codes (0 done, 2 with the whole list of
-problems). Not for: the work itself, nor what can be typed (`arguments.py`).
+For: the commands, a progress bar, a table of what was done, exit codes (0 done, 2 with the whole list of problems).
+Not for: the options (`arguments.py`), nor the work itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -25,15 +24,14 @@ from convert.facts import describe_file, print_facts
 from convert.model import Written, require_new, write_model
 from convert.parts import open_model
 from convert.projection import ProjectionInfo, read_projection, write_projection, write_released
-from convert.rules import LAYER, Filled
+from convert.rules import LAYER, Filled, Tree
 from convert.settings import PATHS, ConvertConfig
 from convert.smol import prepare_smol
 from convert.verify import verify_model
 from minigpt4_jax.config import UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
-from minigpt4_jax.model_folder import ModelFolder
-from minigpt4_jax.presets import get_preset
+from minigpt4_jax.model_folder import ModelFolder, find_preset
 
 _out = Console()
 _err = Console(stderr=True)
@@ -41,10 +39,18 @@ _err = Console(stderr=True)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, or one of `exits.py` with one message."""
-    args = make_parser().parse_args(argv)
+    run = {
+        "smol": _smol,
+        "preset": _convert_preset,
+        "inspect": _inspect,
+        "verify": _verify,
+        "export": _export,
+        "projection": _projection,
+    }
+    args = make_parser(run).parse_args(argv)
 
     def command() -> int:
-        COMMANDS[args.command](args)
+        args.run(args)
         return 0
 
     def say(text: str) -> None:
@@ -81,21 +87,24 @@ def _convert_preset(args: argparse.Namespace) -> None:
     model = open_model(settings, args.preset)
     for note in model.notes:
         _say(f"note: {note}")
+    said: list[str] = []
     try:
         with tensor_bar() as progress:
             done = write_model(
                 out,
                 model.plans,
                 preset=model.preset,
-                tokenizer=model.tokenizer,
-                facts={},
+                tokenizer=lambda folder: said.extend(model.tokenizer(folder)),
+                facts=model.facts,
                 settings={"preset": args.preset, **dataclasses.asdict(settings.absolute())},
                 progress=progress,
             )
     except KeyboardInterrupt:
-        _err.print("Stopped. The same command goes on behind the last whole layer.")
+        _err.print("The same command goes on behind the last whole layer.")
         raise
     _print_table(done)
+    for note in said:
+        _say(f"tokenizer: {note}")
     if done.kept:
         _say(f"{done.kept} files of weights were whole from an earlier call and were kept")
     _say(f"Written to {out}. Talk to it: minigpt4 chat PICTURE --model {out}")
@@ -122,6 +131,7 @@ def _verify(args: argparse.Namespace) -> None:
     folder = ModelFolder(args.folder)
     name, remembered = ConvertConfig.of_folder(folder)
     settings = _settings(args, remembered)
+    settings.require_there(args.folder)
     with tensor_bar() as progress:
         count, size = verify_model(folder, open_model(settings, name), progress)
     _say(
@@ -139,8 +149,8 @@ def _export(args: argparse.Namespace) -> None:
     folder = ModelFolder(args.folder)
     folder.require_whole()
     if args.projection is not None:
-        projection = {leaf: folder.get(f"llama_proj/{leaf}") for leaf in ("kernel", "bias")}
-        _write_projection(args.projection, projection, folder.preset.model)
+        projection, info = _projection_of(folder)
+        _write_projection(args.projection, projection, info)
         _say(f"The projection: {args.projection}")
     if args.llm is not None:
         with tensor_bar() as progress:
@@ -155,42 +165,39 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _projection(args: argparse.Namespace) -> None:
-    config = get_preset(args.preset).model
+    config = find_preset(args.model).model
     projection, info = read_projection(args.source, config)
     plain = ProjectionInfo(config=config, licence=args.licence, attribution="", frozen_parts={})
     dtype = "float16" if args.float16 else "float32"
-    _write_projection(args.out, projection, config, info=info or plain, dtype=dtype)
+    _write_projection(args.out, projection, info or plain, dtype=dtype)
     shape = list(projection["kernel"].shape)
-    _say(f"{args.out}: {shape[0]} -> {shape[1]}, for the preset {args.preset}")
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "smol": _smol,
-    "preset": _convert_preset,
-    "inspect": _inspect,
-    "verify": _verify,
-    "export": _export,
-    "projection": _projection,
-}
+    _say(f"{args.out}: {shape[0]} -> {shape[1]}, for {args.model}")
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
+def _projection_of(folder: ModelFolder) -> tuple[Tree, ProjectionInfo]:
+    leaves = {leaf: f"llama_proj/{leaf}" for leaf in ("kernel", "bias")}
+    if not set(leaves.values()) <= set(folder.names()):
+        raise UserError(
+            f"{folder.path} holds no projection; expected a folder that `python -m convert PRESET` wrote. A projection "
+            "file by itself is changed with `python -m convert projection`."
+        )
+    said = {"licence": "", "attribution": "", "frozen_parts": {}} | folder.sources["llama_proj"]
+    del said["files"]
+    info = ProjectionInfo(config=folder.preset.model, **said)
+    return {leaf: folder.get(name) for leaf, name in leaves.items()}, info
+
+
 def _write_projection(
-    out: Path,
-    projection: Any,
-    config: Any,
-    *,
-    info: ProjectionInfo | None = None,
-    dtype: str = "float32",
+    out: Path, projection: Tree, info: ProjectionInfo, *, dtype: str = "float32"
 ) -> None:
     """In the form that the file's name says."""
     if out.suffix == ".pth":
         write_released(out, projection)
     elif out.suffix == ".safetensors":
-        plain = ProjectionInfo(config=config, licence="", attribution="", frozen_parts={})
-        write_projection(out, projection, info=info or plain, dtype=dtype)
+        write_projection(out, projection, info=info, dtype=dtype)
     else:
         raise UserError(f"{out} ends in {out.suffix!r}; expected .safetensors or .pth.")
 

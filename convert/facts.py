@@ -113,7 +113,7 @@ def fact_rows(facts: FileFacts) -> Iterator[tuple[str, str]]:
 
 def _is_model_folder(path: Path) -> bool:
     try:
-        return json.loads((path / MANIFEST).read_text()).get("format") == FORMAT
+        return bool(json.loads((path / MANIFEST).read_text()).get("format") == FORMAT)
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.rules import ConversionError, Filled, Plan, Problem, Step
+from convert.problems import ConversionError, Problem
+from convert.rules import Filled, Plan, Step
 from convert.safetensors_writer import write_safetensors
 from minigpt4_jax.checksums import file_checksum, write_checksums
 from minigpt4_jax.config import UserError
@@ -82,6 +83,7 @@ def write_model(
     partial = out.with_name(f".{out.name}.partial")
     with _locked(partial), ThreadPoolExecutor(1) as pool:
         journal = _Journal(partial, _fingerprint(plans, preset))
+        tokenizer(partial)  # before hours of weights: a tokenizer of another model is said at once
         kept = journal.whole()
         _require_room(
             partial, [step for name in groups if name not in kept for step in groups[name]]
@@ -103,7 +105,6 @@ def write_model(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        tokenizer(partial)
         text = json.dumps(manifest_of(preset, sources, settings), indent=2, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         known = journal.finish()

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert import detect, eva_vit, qformer
 from convert.llama_files import OpenedLlama, open_llama
@@ -35,8 +36,10 @@ class OpenedModel:
     """As asked for, with what the language model's files decide."""
     plans: dict[str, Plan]
     """By part; together they fill every parameter."""
-    tokenizer: Callable[[Path], object]
-    """Writes the tokenizer's files into a folder."""
+    facts: dict[str, dict[str, Any]]
+    """By part, what its source says of itself: licence and training of a projection of this project."""
+    tokenizer: Callable[[Path], tuple[str, ...]]
+    """Writes the tokenizer's files into a folder and returns what a person should know of them."""
     notes: tuple[str, ...]
     """What a person should know."""
 
@@ -87,20 +90,22 @@ def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
     )
     path = Path(settings.projection)
     # Small enough to be read at once, with all checks of its own.
-    projection = ArraySource(read_projection(path, model, dtype=None)[0], files=(path,))
+    arrays, info = read_projection(path, model, dtype=None)
+    projection = ArraySource(arrays, files=(path,))
     plans["llama_proj"] = plan(projection, _copied("llama_proj", projection), (), ["llama_proj"])
     _require_excuses_used(excuses, [p.source for p in plans.values()])
 
-    def tokenizer(folder: Path) -> None:
-        convert_tokenizer(
-            # A delta comes with the tokenizer of what it makes.
-            Path(settings.tokenizer or settings.delta or settings.llm),
-            folder,
-            vocab_size=model.llama.vocab_size,
-        )
+    def tokenizer(folder: Path) -> tuple[str, ...]:
+        # A delta comes with the tokenizer of what it makes.
+        source = Path(settings.tokenizer or settings.delta or settings.llm)
+        return convert_tokenizer(source, folder, vocab_size=model.llama.vocab_size).notes
 
     return OpenedModel(
-        preset=preset, plans=plans, tokenizer=tokenizer, notes=(*language.notes, *notes)
+        preset=preset,
+        plans=plans,
+        facts={} if info is None else {"llama_proj": info.facts()},
+        tokenizer=tokenizer,
+        notes=(*language.notes, *notes),
     )
 
 

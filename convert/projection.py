@@ -75,6 +75,15 @@ class ProjectionInfo:
     training: Mapping[str, Any] = field(default_factory=dict)
     """Anything JSON can hold: steps, data, scores."""
 
+    def facts(self) -> dict[str, Any]:
+        """All but `config`, as the manifest of a model folder keeps it."""
+        return {
+            "licence": self.licence,
+            "attribution": self.attribution,
+            "frozen_parts": dict(self.frozen_parts),
+            "training": dict(self.training),
+        }
+
 
 def read_projection(
     path: Path, config: ModelConfig, *, dtype: Any = np.float32
@@ -151,10 +160,7 @@ def write_projection(
     metadata = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(info.config)),
-        "licence": info.licence,
-        "attribution": info.attribution,
-        "frozen_parts": json.dumps(dict(info.frozen_parts)),
-        "training": json.dumps(dict(info.training)),
+        **{key: x if isinstance(x, str) else json.dumps(x) for key, x in info.facts().items()},
         "sha256": _hash(arrays[WEIGHT], arrays[BIAS]),
     }
     with replacing(path, failures=(OSError, SafetensorError)) as partial:

@@ -23,13 +23,13 @@ import numpy.typing as npt
 
 from convert.replacing import replacing
 from minigpt4_jax.config import UserError
-from minigpt4_jax.weight_files import DTYPES as SAFETENSORS_DTYPES
+from minigpt4_jax.weight_files import DTYPES
 
 Array = npt.NDArray[Any]
 Entry = tuple[str, tuple[int, ...], npt.DTypeLike, Array | Callable[[], Array]]
 """Name, shape, dtype, and the values or a function that reads them when their turn comes."""
 
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _ALIGNMENT = (
     8  # bytes: the header is filled up with spaces, so that every tensor is aligned to its dtype

@@ -77,12 +77,25 @@ class ConvertConfig:
                 "one."
             )
 
+    def require_there(self, folder: str) -> None:
+        """Raises `UserError` listing the paths that have gone since `folder` was made from them."""
+        paths = {name: getattr(self, name) for name in PATHS}
+        gone = [
+            f"--{name} {path}" for name, path in paths.items() if path and not Path(path).exists()
+        ]
+        if gone:
+            raise UserError(
+                f"{folder} was made from files that are not where they were: {', '.join(gone)}. Give the same options "
+                "with the places they have now."
+            )
+
     def absolute(self) -> ConvertConfig:
         """The same with absolute paths, so that `verify` finds them from anywhere."""
         paths = {name: getattr(self, name) for name in PATHS}
-        return dataclasses.replace(
-            self, **{name: str(Path(path).absolute()) for name, path in paths.items() if path}
-        )
+        found: dict[str, Any] = {
+            name: str(Path(path).absolute()) for name, path in paths.items() if path
+        }
+        return dataclasses.replace(self, **found)
 
     @staticmethod
     def of_folder(folder: ModelFolder) -> tuple[str, ConvertConfig]:

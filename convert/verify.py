@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from convert.parts import OpenedModel
-from convert.rules import Array, ConversionError
+from convert.problems import ConversionError
+from convert.rules import Array
 from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.model_folder import ModelFolder
 
@@ -34,7 +35,8 @@ def verify_model(
     steps = [(plan, step) for plan in model.plans.values() for step in plan.steps]
     held = set(folder.names())
     expected = {step.path for _, step in steps}
-    different = [f"{name} is missing" for name in sorted(expected - held)]
+    different = [] if folder.preset == model.preset else ["its manifest has other sizes"]
+    different += [f"{name} is missing" for name in sorted(expected - held)]
     different += [f"{name} comes from no source" for name in sorted(held - expected)]
     size = 0
     for done, (plan, step) in enumerate(steps, start=1):

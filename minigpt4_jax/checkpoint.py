@@ -1,13 +1,9 @@
-"""Arrays to disk and back, with Orbax: whole parameter trees.
+"""What everything that reads or writes arrays shares: comparing trees, finding damage, and what disks do.
 
-For: `save_params` / `load_params` (one leaf per parameter in the dtype of its source; dtype and sharding are chosen
-when reading) and `compare_trees`, the comparison that everything uses before it binds arrays to a model: Flax accepts
-a leaf too many in silence, this does not.
-Not for: the steps of a training run (`training/checkpoints.py`), other people's file formats (`convert/`), meshes and
-rules (`sharding.py`), what a model is made of.
-
-A folder carries checksums of its files (`checksums.py`), compared before anything is read: Orbax by itself returns
-arrays with flipped bits.
+For: `compare_trees`, the comparison before arrays are bound to a model (Flax accepts a leaf too many in silence, this
+does not), and errors that name the folder.
+Not for: a model on disk (`model_folder.py`), the steps of a training run (`training/checkpoints.py`), other people's
+file formats (`convert/`), meshes and rules (`sharding.py`).
 
 The original pickles a state dict and loads it with `strict=False`; a wrong name there becomes a random weight.
 """
@@ -16,25 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from minigpt4_jax.checksums import damaged_files, write_checksums
+from minigpt4_jax.checksums import damaged_files
 from minigpt4_jax.config import UserError
 
 Tree = Any
 """Nested dicts (or any pytree) whose leaves have `shape` and `dtype`: arrays, or `jax.ShapeDtypeStruct`."""
 
-_MARKER = "_CHECKPOINT_METADATA"  # written by Orbax into every finished checkpoint folder
 _SHOWN_PROBLEMS = 4
 _ROOM = 1 << 20  # bytes that a checkpoint takes beside its arrays
 _FULL = "Free some space, or choose another folder, and run the command again."
@@ -109,127 +101,7 @@ def _describe(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype)}{_shape(leaf)}"
 
 
-# --- parameter trees ----------------------------------------------------------------------------------------------
-
-
-def save_params(path: str | os.PathLike[str], params: Tree) -> None:
-    """Writes a parameter tree to the folder `path`, every leaf in its own dtype.
-
-    The folder appears whole or not at all: it is written beside its place and renamed. A checkpoint that is
-    already there is replaced; anything else that is there is an error.
-
-    Args:
-        path: the folder to create. Missing parents are made.
-        params: nested dict of NumPy or JAX arrays.
-    """
-    target = Path(path).absolute()
-    with writable(target):
-        _save_params(target, params)
-
-
-def _save_params(target: Path, params: Tree) -> None:
-    if target.exists() and not (target / _MARKER).exists():
-        raise CheckpointError(
-            f"{target} exists and is not a checkpoint; choose another path or remove it."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    require_room(target.parent, params)
-    _sweep_partials(target)
-    partial = target.with_name(_partial_name(target, os.getpid()))
-    partial.mkdir()
-    try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(partial / "new", args=ocp.args.PyTreeSave(params))
-        write_checksums(partial / "new")
-        if target.exists():
-            target.rename(partial / "replaced")
-        (partial / "new").rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def load_params(
-    path: str | os.PathLike[str],
-    abstract: Tree,
-    *,
-    shardings: Tree | jax.sharding.Sharding | None = None,
-    dtype: Any = None,
-) -> Tree:
-    """Reads the tree that `save_params` wrote, onto devices.
-
-    Args:
-        path: the checkpoint folder.
-        abstract: tree of `jax.ShapeDtypeStruct` that says which leaves the model has. Names and shapes must agree
-            in both directions. Its dtypes are not compared: a file keeps the dtype of its source.
-        shardings: one sharding for all leaves or a tree of them; default: everything on the first device. Each
-            device reads only its part.
-        dtype: read floating-point leaves as this dtype. Default: as stored.
-
-    Returns:
-        A tree like `abstract` of `jax.Array`.
-
-    Raises:
-        CheckpointError: nothing there, damaged, or not this model's; every difference is listed.
-        NewerFormat: a later version of this project wrote it.
-    """
-    target = Path(path).absolute()
-    _require_marker(target)
-    problems = find_damage(target)
-    if problems:
-        raise CheckpointError(
-            f"The checkpoint {target} is damaged: {listed(problems)}. Remove it and make it again."
-        )
-    stored = stored_tree(target)
-    require_same_trees(stored, abstract, what=f"The checkpoint {target}", check_dtypes=False)
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(shardings, jax.sharding.Sharding):
-        one = shardings
-        shardings = jax.tree.map(lambda _: one, abstract)
-    # `stored` may order its keys otherwise, so dtypes are looked up by name.
-    stored_dtypes = {name: leaf.dtype for name, leaf in leaf_names(stored).items()}
-    targets = jax.tree_util.tree_map_with_path(
-        lambda keys, leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape,
-            _read_dtype(stored_dtypes[path_name(keys)], dtype),
-            sharding=sharding,
-        ),
-        abstract,
-        shardings,
-    )
-    with _checkpointer() as checkpointer, readable(target):
-        return checkpointer.restore(
-            target,
-            args=ocp.args.PyTreeRestore(
-                item=targets,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
-            ),
-        )
-
-
-def stored_tree(path: str | os.PathLike[str]) -> Tree:
-    """What a checkpoint holds, without reading it: a tree of `jax.ShapeDtypeStruct` with the stored dtypes."""
-    target = Path(path).absolute()
-    _require_marker(target)
-    with _checkpointer() as checkpointer, readable(target):
-        metadata = checkpointer.metadata(target).item_metadata
-        if metadata is None:
-            raise ValueError("its metadata cannot be read")
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), metadata.tree
-        )
-
-
-def _require_marker(target: Path) -> None:
-    if not target.is_dir():
-        raise CheckpointError(
-            f"There is no checkpoint folder at {target}; convert the weights first."
-        )
-    if not (target / _MARKER).exists():
-        raise CheckpointError(
-            f"{target} is not a checkpoint (no {_MARKER} in it); it was not written by "
-            "minigpt4_jax, or its writing was cut short. Make it again."
-        )
+# --- folders and disks ----------------------------------------------------------------------------------------------
 
 
 def find_damage(folder: Path) -> list[str]:
@@ -280,19 +152,6 @@ def writable(path: Path) -> Iterator[None]:
         raise
 
 
-def _read_dtype(stored: Any, wanted: Any) -> Any:
-    if wanted is None or not jax.numpy.issubdtype(stored, jax.numpy.floating):
-        return stored
-    return wanted
-
-
-def _checkpointer() -> contextlib.closing[ocp.Checkpointer]:
-    # zarr3 inside OCDBT without compression: weights hardly compress (float32 by 8 %), and reading 620 MB takes
-    # 0.6 s this way against 1.2 s to 3 s with Orbax's default (two CPU cores).
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
-    return contextlib.closing(ocp.Checkpointer(handler))
-
-
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Whatever Orbax raises for a damaged file becomes one error that names the folder.
@@ -309,25 +168,3 @@ def readable(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"The checkpoint {path} cannot be read; remove it and make it again. ({reason})"
         ) from error
-
-
-def _partial_name(target: Path, pid: int) -> str:
-    return f".{target.name}.{socket.gethostname()}-{pid}.partial"
-
-
-def _sweep_partials(target: Path) -> None:
-    """Removes what killed processes of this machine left beside `target`."""
-    for left in target.parent.glob(_partial_name(target, 0).replace("-0.", "-*.")):
-        pid = left.name.removesuffix(".partial").rsplit("-", 1)[-1]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

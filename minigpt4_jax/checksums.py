@@ -1,8 +1,9 @@
 """Sizes and CRC-32 of the files of a folder: what was written is what is read, or it is said which file is not.
 
-For: checkpoints. Orbax gives back arrays with flipped bits without a word, and dies of other damage in a dozen ways;
-so every file is compared before it opens one. CRC-32 finds what disks, memory and cut copies do (5 GB/s and more, so
-that it costs less than reading); it is no protection against people, for which `convert/` compares SHA-256.
+For: model folders and checkpoints. Orbax gives back arrays with flipped bits without a word, and dies of other damage
+in a dozen ways; so every file is compared before one is opened. CRC-32 finds what disks, memory and cut copies do (5
+GB/s and more, so that it costs less than reading); it is no protection against people, for which `convert/` compares
+SHA-256.
 Not for: what is in the files.
 """
 

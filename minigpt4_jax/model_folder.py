@@ -31,8 +31,9 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from minigpt4_jax.checkpoint import CheckpointError, find_damage, leaf_names, require_same_trees
+from minigpt4_jax.checkpoint import CheckpointError, leaf_names, listed, require_same_trees
 from minigpt4_jax.checksums import FILE as CHECKSUMS
+from minigpt4_jax.checksums import damaged_files
 from minigpt4_jax.config import UserError
 from minigpt4_jax.presets import PRESETS, Preset, get_preset
 from minigpt4_jax.schema import from_plain
@@ -114,9 +115,15 @@ class ModelFolder:
     @cached_property
     def _files(self) -> dict[str, WeightFile]:
         """Parameter path -> the file it is in."""
-        stored = json.loads(self._read_text(CHECKSUMS))["files"]
+        try:
+            stored = sorted(json.loads(self._read_text(CHECKSUMS))["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._at(CHECKSUMS)} cannot be read ({error!r}); expected the list of the folder's files. Copy or "
+                "convert the folder again."
+            ) from error
         found: dict[str, WeightFile] = {}
-        for name in sorted(stored):
+        for name in stored:
             if name.startswith(f"{WEIGHTS}/"):
                 file = WeightFile(self._at(name))
                 found |= dict.fromkeys(file.names(), file)
@@ -159,12 +166,14 @@ class ModelFolder:
 
         Raises:
             CheckpointError: what is missing, damaged or too much.
+            NewerFormat: a later version of this project wrote it.
         """
-        problems = [] if is_url(self.path) else find_damage(Path(self.path))
+        problems = [] if is_url(self.path) else damaged_files(Path(self.path))
+        if problems is None:
+            problems = [f"there is no {CHECKSUMS}"]
         if problems:
             raise CheckpointError(
-                f"The model folder {self.path} is damaged: {'; '.join(problems[:4])}"
-                f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. Copy or convert it again."
+                f"The model folder {self.path} is damaged: {listed(problems)}. Copy or convert it again."
             )
 
     def load(
@@ -210,7 +219,8 @@ class ModelFolder:
         else:
             placed = leaf_names(shardings)
         arrays = [self.place(name, placed[name], dtype=dtype) for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+        tree: Tree = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+        return tree
 
     @cached_property
     def _stacks(self) -> dict[str, list[str]]:
@@ -244,10 +254,11 @@ class ModelFolder:
             dtype if dtype is not None and jax.numpy.issubdtype(stored, np.floating) else stored
         )
 
-        def part(index: tuple[slice, ...]) -> Array:
+        def part(index: tuple[slice, ...] | None) -> Array:
+            index = index or ()
             if name in self._files:
                 return np.asarray(self._files[name].read(name, index)).astype(target)
-            chosen = members[index[0]]
+            chosen = members[index[0]] if index else members
             slices = [self._files[member].read(member, index[1:]) for member in chosen]
             stack = np.empty((len(slices), *slices[0].shape), target)
             for at, piece in enumerate(slices):

@@ -155,13 +155,60 @@ def test_a_layer_that_is_missing_is_refused(
         opened.load(abstract(TINY.model, stacked=stacked))
 
 
-def test_a_flipped_bit_is_found(folder: Path) -> None:
-    ModelFolder(folder).require_whole()
+def test_a_flipped_bit_in_any_file_is_found_and_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    write_checksums(folder)
+    opened = ModelFolder(folder)
+    opened.require_whole()
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name != "checksums.json"]
+    assert {"manifest.json", "tokenizer.json", "llama.layers.0.safetensors"} <= {
+        file.name for file in files
+    }
+    for file in files:
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        name = file.relative_to(folder).as_posix()
+        with pytest.raises(CheckpointError, match=f"{name} has crc32 .*Copy or convert it again"):
+            opened.require_whole()
+        file.write_bytes(whole)
+    opened.require_whole()
+
+
+def test_files_that_were_cut_or_lost_are_named(folder: Path) -> None:
+    opened = ModelFolder(folder)
     file = folder / WEIGHTS / "llama.layers.0.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"llama.layers.0.safetensors has crc32"):
+    file.write_bytes(file.read_bytes()[:100])
+    (folder / WEIGHTS / "vit.blocks.0.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        opened.require_whole()
+    assert "llama.layers.0.safetensors has bytes 100, expected" in str(caught.value)
+    assert "vit.blocks.0.safetensors is missing" in str(caught.value)
+
+
+def test_a_cut_file_is_not_read_unchecked_either(folder: Path) -> None:
+    file = folder / WEIGHTS / "llama.layers.0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
+        ModelFolder(folder).load(abstract(TINY.model))
+
+
+def test_a_folder_of_a_newer_version_is_refused_with_the_way_out(folder: Path) -> None:
+    file = folder / "checksums.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match=r"format 2; this version .* reads up to 1\. Update it"):
+        ModelFolder(folder).require_whole()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+def test_without_its_list_of_files_a_folder_is_damaged(folder: Path, text: str | None) -> None:
+    (folder / "checksums.json").unlink()
+    if text is not None:
+        (folder / "checksums.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"checksums\.json cannot be read"):
+        ModelFolder(folder).names()
+    with pytest.raises(CheckpointError, match=r"is damaged: .*checksums\.json"):
         ModelFolder(folder).require_whole()
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from convert import eva_vit as tables
-from convert.rules import ConversionError, Rule, convert, flatten
+from convert.problems import ConversionError
+from convert.rules import Rule, convert, flatten
 from convert.sources import ArraySource
 from minigpt4_jax.config import ModelConfig, UserError, VitConfig
 from minigpt4_jax.models.eva_vit import resize_pos_embed

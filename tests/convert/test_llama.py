@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from convert import llama as tables
-from convert.rules import ConversionError, Rule, convert, flatten
+from convert.problems import ConversionError
+from convert.rules import Rule, convert, flatten
 from convert.sources import ArraySource, GgufSource, open_source
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.models.minigpt4 import abstract_params

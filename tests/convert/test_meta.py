@@ -19,7 +19,8 @@ import pytest
 from convert.llama import hf_rules
 from convert.llama_files import open_llama
 from convert.meta import META_EXCUSES, MetaSource, meta_config
-from convert.rules import ConversionError, convert, flatten
+from convert.problems import ConversionError
+from convert.rules import convert, flatten
 from minigpt4_jax.config import LlamaConfig, UserError
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import PRESETS

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from convert import model as model_module
 from convert.model import write_model
-from convert.rules import ConversionError, Op, Plan, Rule, flatten, identity, transpose
+from convert.problems import ConversionError
+from convert.rules import Op, Plan, Rule, flatten, identity, transpose
 from convert.sources import ArraySource
 from minigpt4_jax.config import UserError
 from minigpt4_jax.model_folder import ModelFolder

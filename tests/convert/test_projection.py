@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert import projection
+from convert.problems import ConversionError
 from convert.projection import ProjectionInfo, read_projection, write_projection
-from convert.rules import ConversionError
 from convert.sources import ArraySource
 from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.presets import PRESETS

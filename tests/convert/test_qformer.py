@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from convert import qformer as tables
-from convert.rules import UNUSED, ConversionError, convert, flatten
+from convert.problems import UNUSED, ConversionError
+from convert.rules import convert, flatten
 from convert.sources import ArraySource
 from minigpt4_jax.checkpoint import leaf_names
 from minigpt4_jax.config import UserError

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from convert import safetensors_writer
 from convert.safetensors_writer import Entry, write_safetensors
-from convert.sources import SAFETENSORS_DTYPES, SafetensorsSource
+from convert.sources import SafetensorsSource
 from minigpt4_jax.config import UserError
+from minigpt4_jax.weight_files import DTYPES
 
 
 def bits(array: np.ndarray) -> bytes:
@@ -29,9 +30,7 @@ def bits(array: np.ndarray) -> bytes:
 def arrays() -> dict[str, np.ndarray]:
     """Every dtype of the format, odd sizes so that offsets would be crooked, and the shapes that are easy to forget."""
     rng = np.random.default_rng(0)
-    made = {
-        f"x.{name}": rng.integers(0, 2, (3, 5)).astype(d) for name, d in SAFETENSORS_DTYPES.items()
-    }
+    made = {f"x.{name}": rng.integers(0, 2, (3, 5)).astype(d) for name, d in DTYPES.items()}
     made["half"] = rng.normal(size=(7, 3)).astype(np.float16)
     made["brain"] = rng.normal(size=(5, 3)).astype(ml_dtypes.bfloat16)
     made["odd float32 values"] = np.array([np.nan, -0.0, np.inf, 1e-45], np.float32)

@@ -56,7 +56,7 @@ def projection(width: int, *, flipped: bool = False) -> Callable[[], None]:
 
 
 def smol_cache(damage: Callable[[Path], None]) -> Callable[[], None]:
-    """A folder like the converted smol model, small and damaged."""
+    """A model folder like the converted smol model, small and damaged."""
 
     def make() -> None:
         os.environ["MINIGPT4_CACHE"] = "cache"
@@ -70,23 +70,30 @@ def smol_cache(damage: Callable[[Path], None]) -> Callable[[], None]:
 
         folder = smol_folder()
         (folder / WEIGHTS).mkdir(parents=True)
-        (folder / MANIFEST).write_text(json.dumps(manifest_of(get_preset("smol"), {}, {})))
+        manifest = manifest_of(get_preset("smol"), {}, {})
+        (folder / MANIFEST).write_text(json.dumps(manifest))
         byte_tokenizer()._backend.save(str(folder / "tokenizer.json"))
-        arrays = {"llama/norm/scale": np.arange(5000, dtype=np.float32)}
-        save_file(arrays, folder / WEIGHTS / "llama.safetensors")
+        norm = {"llama/norm/scale": np.ones(576, np.float32)}
+        save_file(norm, folder / WEIGHTS / "llama.safetensors")
         write_checksums(folder)
         damage(folder)
 
     return make
 
 
-def flip_largest(folder: Path) -> None:
-    largest = max(
-        (f for f in folder.rglob("*") if f.is_file() and "weights" in str(f)), key=os.path.getsize
-    )
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+def without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def cut_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"ver')
+
+
+def flip_weights(folder: Path) -> None:
+    (file,) = (folder / "weights").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def training(damage: Callable[[Path], None] | None = None) -> Callable[[], None]:
@@ -231,22 +238,22 @@ WEIGHTS = (
     weights(
         "no tokenizer in the cache",
         CHAT,
-        "is damaged: tokenizer.json is missing.*made anew",
-        both(PICTURE, smol_cache(lambda folder: (folder / "tokenizer.json").unlink())),
+        "tokenizer.json is missing.*made anew",
+        both(PICTURE, smol_cache(without_tokenizer)),
         environment=(CACHE,),
     ),
     weights(
         "a tokenizer that was cut",
         CHAT,
-        "is damaged: tokenizer.json has bytes.*made anew",
-        both(PICTURE, smol_cache(lambda folder: (folder / "tokenizer.json").write_text('{"ver'))),
+        "tokenizer.json has bytes.*made anew",
+        both(PICTURE, smol_cache(cut_tokenizer)),
         environment=(CACHE,),
     ),
     weights(
         "a flipped bit in the cached weights",
         CHAT,
         "is damaged: .*crc32.*made anew",
-        both(PICTURE, smol_cache(flip_largest)),
+        both(PICTURE, smol_cache(flip_weights)),
         environment=(CACHE,),
     ),
     weights(
@@ -258,7 +265,18 @@ WEIGHTS = (
     ),
     weights(
         "a GGUF file that was cut",
-        ("python -m convert", "inspect", "m.gguf"),
+        (
+            "python -m convert",
+            "llama2-7b",
+            "--llm",
+            "m.gguf",
+            "--vit",
+            "v.pth",
+            "--projection",
+            "p.pth",
+            "--out",
+            "out",
+        ),
         "m.gguf",
         write("m.gguf", b"GGUF\3\0\0\0"),
     ),

@@ -4,10 +4,11 @@ A golden set is a folder of numbers that the original PyTorch code produced with
 compare this project with it: `test_golden_vit.py` the image tower, `test_golden_llama.py` the language model,
 `test_golden_qformer.py` the Q-Former, `test_golden_llama_formats.py` the language model's other forms and what every
 weight file is, `test_golden_generation.py` greedy answers and beams, `test_golden_minigpt4.py` the compositions with
-and without the Q-Former, `test_golden_chat.py` conversations with them, `test_golden_images.py` picture files and what
-the image processors make of them, `test_golden_optim.py` schedules, weight decay and training runs,
-`test_golden_text.py` and `test_golden_text_tokenizer.py` what happens to text on its way in and out,
-`test_golden_true_tokenizer.py` the same with LLaMA's real vocabulary.
+and without the Q-Former, `test_golden_command.py` the same through `python -m convert`, `test_golden_chat.py`
+conversations with them, `test_golden_images.py` picture files and what the image processors make of them,
+`test_golden_optim.py` schedules, weight decay and training runs, `test_golden_text.py` and
+`test_golden_text_tokenizer.py` what happens to text on its way in and out, `test_golden_true_tokenizer.py` the same
+with LLaMA's real vocabulary.
 
     pytest tests/parity -k golden                                  the set in tests/golden
     MINIGPT4_GOLDEN=/other/set pytest tests/parity -k golden       another set with the same layout

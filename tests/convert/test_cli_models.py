@@ -97,8 +97,8 @@ def test_every_part_is_in_the_folder_in_the_dtype_of_its_file(
     tokenizer = load_tokenizer(out)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     said = capsys.readouterr().out
-    assert "transpose to [in, out]" in said
-    assert "2 x bfloat16 [32, 96]" in said, "one row for all layers"
+    assert f"{len(folder.names())} (" in said, "as inspect counts the tensors"
+    assert "qformer from blip2.pth" in said
     assert "left out: t5_proj.weight, t5_proj.bias: leads to BLIP-2's language model" in said
     assert "tokenizer: The language model has one row more" in said
     assert f"Written to {out}. Talk to it: minigpt4 chat PICTURE --model {out}" in said

@@ -265,7 +265,10 @@ WEIGHTS = (
     ),
     weights(
         "a GGUF file that was cut",
-        ("python -m convert", "inspect", "m.gguf"),
+        (
+            *("python -m convert", "llama2-7b", "--llm", "m.gguf", "--vit", "v.pth"),
+            *("--projection", "p.pth", "--out", "out"),
+        ),
         "m.gguf",
         write("m.gguf", b"GGUF\3\0\0\0"),
     ),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.problems import ConversionError, Problem
-from convert.rules import Filled, Plan, Step
+from convert.rules import Plan, Step
 from convert.safetensors_writer import write_safetensors
 from minigpt4_jax.checksums import file_checksum, write_checksums
 from minigpt4_jax.config import UserError
@@ -41,8 +41,6 @@ _ROOM = 32 << 20  # bytes for the tokenizer, the headers and the journal
 class Written:
     """What `write_model` did."""
 
-    filled: tuple[Filled, ...]
-    """Parameters written by this call, for the printed table."""
     excused: tuple[tuple[str, str], ...]
     """(source tensor, reason)."""
     kept: int
@@ -93,7 +91,7 @@ def write_model(
             for part, plan in plans.items()
         }
         try:
-            filled, problems = _write_groups(groups, kept, journal, progress)
+            problems = _write_groups(groups, kept, journal, progress)
             for plan in plans.values():
                 problems += plan.copy_problems()
             if problems:
@@ -111,7 +109,6 @@ def write_model(
         write_checksums(partial, known=known)
         partial.rename(out)
     return Written(
-        filled=tuple(filled),
         excused=tuple(pair for plan in plans.values() for pair in plan.excused),
         kept=len(kept),
     )
@@ -137,11 +134,10 @@ def _groups(plans: Mapping[str, Plan]) -> dict[str, Group]:
 
 def _write_groups(
     groups: Mapping[str, Group], kept: Mapping[str, Any], journal: _Journal, progress: Progress
-) -> tuple[list[Filled], list[Problem]]:
+) -> list[Problem]:
     """Makes and writes every file that is not there yet: while one is written, the next one is made."""
     total = sum(map(len, groups.values()))
     done = sum(len(groups[name]) for name in kept)
-    filled: list[Filled] = []
     problems: list[Problem] = []
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
@@ -154,7 +150,6 @@ def _write_groups(
                 problems += found
                 if value is not None:
                     values[step.path] = value
-                    filled.append(Filled(step.rule, step.path, value.shape, str(value.dtype)))
                 done += 1
                 progress("Converting", done, total)
             if writing is not None:
@@ -165,7 +160,7 @@ def _write_groups(
                 writing = writer.submit(journal.write, name, values)
         if writing is not None:
             writing.result()
-    return filled, problems
+    return problems
 
 
 class _Journal:

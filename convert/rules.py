@@ -105,21 +105,10 @@ class Excuse:
 
 
 @dataclass(frozen=True)
-class Filled:
-    """One target that was filled, for the printed table."""
-
-    rule: Rule
-    target: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Conversion:
     """A finished conversion."""
 
     params: Tree
-    filled: tuple[Filled, ...]
     excused: tuple[tuple[str, str], ...]
     """(source name, reason)."""
 
@@ -261,20 +250,18 @@ def convert(
     plan = Plan(source, rules, excuses=excuses, target=target, dtype=dtype)
     problems = list(plan.problems)
     params: Tree = {}
-    filled: list[Filled] = []
     for done, step in enumerate(plan.steps, start=1):
         value, found = plan.make(step)
         problems += found
         if not problems and value is not None:
             # Only a conversion without a problem so far is worth its memory.
             insert(params, step.path, value)
-            filled.append(Filled(step.rule, step.path, value.shape, str(value.dtype)))
         if on_tensor is not None:
             on_tensor(done, len(plan.steps), step.path)
     problems += plan.copy_problems()
     if problems:
         raise ConversionError(source.describe(), problems)
-    return Conversion(params=params, filled=tuple(filled), excused=tuple(plan.excused))
+    return Conversion(params=params, excused=tuple(plan.excused))
 
 
 def _expand(

@@ -265,10 +265,7 @@ WEIGHTS = (
     ),
     weights(
         "a GGUF file that was cut",
-        (
-            *("python -m convert", "llama2-7b", "--llm", "m.gguf", "--vit", "v.pth"),
-            *("--projection", "p.pth", "--out", "out"),
-        ),
+        ("python -m convert", "inspect", "m.gguf"),
         "m.gguf",
         write("m.gguf", b"GGUF\3\0\0\0"),
     ),

@@ -25,6 +25,7 @@ from typing import Any
 from convert.problems import ConversionError, Problem
 from convert.rules import Plan, Step
 from convert.safetensors_writer import write_safetensors
+from convert.source_hashes import SourceHashes
 from minigpt4_jax.checksums import file_checksum, write_checksums
 from minigpt4_jax.config import UserError
 from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, file_of, manifest_of
@@ -79,30 +80,27 @@ def write_model(
         raise ConversionError(where, problems)
     groups = _groups(plans)
     partial = out.with_name(f".{out.name}.partial")
-    with _locked(partial), ThreadPoolExecutor(1) as pool:
+    files = {part: plan.source.files() for part, plan in plans.items()}
+    with _locked(partial), SourceHashes(files) as hashes:
         journal = _Journal(partial, _fingerprint(plans, preset))
         tokenizer(partial)  # before hours of weights: a tokenizer of another model is said at once
         kept = journal.whole()
         _require_room(
             partial, [step for name in groups if name not in kept for step in groups[name]]
         )
-        files = {
-            part: [pool.submit(_hash, f) for f in plan.source.files()]
-            for part, plan in plans.items()
+
+        def advance(done: int, total: int) -> None:
+            hashes.allow(done / total)
+            progress("Converting", done, total)
+
+        problems = _write_groups(groups, kept, journal, advance)
+        for plan in plans.values():
+            problems += plan.copy_problems()
+        if problems:
+            raise ConversionError(where, problems)
+        sources = {
+            part: {**facts.get(part, {}), "files": found} for part, found in hashes.wait().items()
         }
-        try:
-            problems = _write_groups(groups, kept, journal, progress)
-            for plan in plans.values():
-                problems += plan.copy_problems()
-            if problems:
-                raise ConversionError(where, problems)
-            sources = {
-                part: {**facts.get(part, {}), "files": [_result(f) for f in files[part]]}
-                for part in plans
-            }
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
         text = json.dumps(manifest_of(preset, sources, settings), indent=2, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         known = journal.finish()
@@ -133,7 +131,10 @@ def _groups(plans: Mapping[str, Plan]) -> dict[str, Group]:
 
 
 def _write_groups(
-    groups: Mapping[str, Group], kept: Mapping[str, Any], journal: _Journal, progress: Progress
+    groups: Mapping[str, Group],
+    kept: Mapping[str, Any],
+    journal: _Journal,
+    advance: Callable[[int, int], None],
 ) -> list[Problem]:
     """Makes and writes every file that is not there yet: while one is written, the next one is made."""
     total = sum(map(len, groups.values()))
@@ -151,7 +152,7 @@ def _write_groups(
                 if value is not None:
                     values[step.path] = value
                 done += 1
-                progress("Converting", done, total)
+                advance(done, total)
             if writing is not None:
                 writing.result()  # never more than two files in memory
             if (
@@ -244,13 +245,3 @@ def _fingerprint(plans: Mapping[str, Plan], preset: Preset) -> str:
         facts.append([part, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
         facts += [(s.path, s.sources, s.rule.op.name, plan.size(s)) for s in plan.steps]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _hash(file: Path) -> dict[str, Any]:
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
-
-
-def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
-    return future.result()

@@ -69,8 +69,9 @@ def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
         source: TensorSource, rules: Sequence[Rule], own: Sequence[Excuse], parts: Sequence[str]
     ) -> Plan:
         target = {part: abstract[part] for part in parts}
-        asked = [e for e in excuses if any(map(e.matches, source.names()))]
-        return Plan(source, rules, excuses=(*own, *asked), target=target, dtype=dtype)
+        return Plan(
+            source, rules, excuses=(*own, *_asked(excuses, source)), target=target, dtype=dtype
+        )
 
     plans: dict[str, Plan] = {}
     vit = open_source(Path(settings.vit))
@@ -89,11 +90,15 @@ def open_model(settings: ConvertConfig, name: str) -> OpenedModel:
         language.source, _under("llama", language.rules), language.excuses, ["llama"]
     )
     path = Path(settings.projection)
+    released = open_source(path)
     # Small enough to be read at once, with all checks of its own.
-    arrays, info = read_projection(path, model, dtype=None)
+    arrays, info = read_projection(path, model, dtype=None, excuses=_asked(excuses, released))
+    left_out = [n for n in released.names() if any(e.matches(n) for e in excuses)]
+    if left_out:
+        notes += (f"{path}: {', '.join(left_out)}: left out as asked",)
     projection = ArraySource(arrays, files=(path,))
     plans["llama_proj"] = plan(projection, _copied("llama_proj", projection), (), ["llama_proj"])
-    _require_excuses_used(excuses, [p.source for p in plans.values()])
+    _require_excuses_used(excuses, [*(p.source for p in plans.values()), released])
 
     def tokenizer(folder: Path) -> tuple[str, ...]:
         # A delta comes with the tokenizer of what it makes.
@@ -130,6 +135,11 @@ def _vit_table(
 
 def _copied(part: str, source: TensorSource) -> tuple[Rule, ...]:
     return tuple(Rule(f"{part}/{name}", (name,), identity) for name in source.names())
+
+
+def _asked(excuses: Sequence[Excuse], source: TensorSource) -> tuple[Excuse, ...]:
+    """Those that were asked for and that this source has a tensor for."""
+    return tuple(e for e in excuses if any(map(e.matches, source.names())))
 
 
 def _require_excuses_used(excuses: Sequence[Excuse], sources: Sequence[TensorSource]) -> None:

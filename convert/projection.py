@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class ProjectionInfo:
 
 
 def read_projection(
-    path: Path, config: ModelConfig, *, dtype: Any = np.float32
+    path: Path, config: ModelConfig, *, dtype: Any = np.float32, excuses: Sequence[Excuse] = ()
 ) -> tuple[Tree, ProjectionInfo | None]:
     """Reads a projection in any form and checks that it fits the model.
 
@@ -94,6 +94,7 @@ def read_projection(
         path: our `.safetensors`, or a released `.pth`.
         config: the model it is for.
         dtype: of the arrays returned; None keeps the file's.
+        excuses: for tensors of the file that are known here to be left out, besides the buffers of the trainer.
 
     Returns:
         `{"kernel": [projection_in, width], "bias": [width]}` and what the file says about itself (None for a released
@@ -122,7 +123,8 @@ def read_projection(
         "kernel": np.empty((config.projection_in, config.llama.width)),
         "bias": np.empty(config.llama.width),
     }
-    return convert(source, RULES, excuses=EXCUSES, target=target, dtype=dtype).params, info
+    excused = (*EXCUSES, *excuses)
+    return convert(source, RULES, excuses=excused, target=target, dtype=dtype).params, info
 
 
 def write_projection(

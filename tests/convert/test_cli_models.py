@@ -169,6 +169,24 @@ def test_tensors_are_left_out_by_name_and_only_those(
     assert "left out: extra.3.gamma: left out as asked" in capsys.readouterr().out
 
 
+def test_tensors_of_the_projection_are_left_out_by_name_too(
+    files: Files, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = published.projection_arrays(published.MODEL)
+    more = {"ln_vision.weight": np.ones(3, np.float32)}
+    write_pth(Path(files["projection"]), {"model": arrays | more})
+    assert convert(files, out) == 2
+    assert "ln_vision.weight [3]" in capsys.readouterr().err
+    assert convert(files, out, "--excuse", "ln_vision.weight") == 2
+    # The Q-Former's file has a tensor of that name, which the model needs.
+    assert "excused, but a rule uses it" in capsys.readouterr().err
+    write_pth(
+        Path(files["projection"]), {"model": arrays | {"scaler.scale": np.ones(1, np.float32)}}
+    )
+    assert convert(files, out, "--excuse", "scaler.scale") == 0
+    assert "scaler.scale: left out as asked" in capsys.readouterr().out
+
+
 def test_an_excuse_that_fits_no_tensor_is_refused(
     files: Files, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

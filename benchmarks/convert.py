@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -33,8 +34,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# This file has the name of the package that it measures.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+# This file has the name of the package that it measures, and Python looks beside a script first. So the folder leaves
+# the path here; and a neighbour that asks for the package, and gets this file, gets the package after all.
+path_before = list(sys.path)
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
+if __name__ == "convert":
+    del sys.modules["convert"]
+    importlib.import_module("convert")
+    sys.path[:] = path_before
 
 SHARD_BYTES = 5_000_000_000
 SLICES = 1_000

@@ -299,7 +299,8 @@ def shipped_projection(name: str) -> Path:
     path = Path(__file__).parent / "assets" / f"{name}_projection.safetensors"
     if not path.is_file():
         raise UserError(
-            f"The package ships no projection for {name!r} ({path.name}). Train one (train.py) and pass its file."
+            f"The package ships no projection for {name!r}. For a published model convert its weights (`python -m "
+            f"convert {name} --help`) and give the folder; otherwise train a projection (train.py) and pass its file."
         )
     return path
 

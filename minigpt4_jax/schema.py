@@ -116,7 +116,9 @@ def from_plain(schema: type[Schema], values: Any) -> Schema:
         and field.default_factory is dataclasses.MISSING
     )
     if unknown or missing:
-        raise ValueError(f"{schema.__name__} has unknown fields {unknown} and lacks {missing}")
+        said = [f"has unknown fields {unknown}"] if unknown else []
+        said += [f"lacks {missing}"] if missing else []
+        raise ValueError(f"{schema.__name__} {' and '.join(said)}")
     return schema(**{name: _from_plain(hints[name], value) for name, value in values.items()})
 
 

@@ -318,7 +318,8 @@ def _load_projection(name: str, projection: str | Path | None, preset: Preset) -
             f"The model folder {name} holds no projection. Train one (train.py) and pass its file."
         )
     part: Params = folder.load({"llama_proj": abstract_params(preset.model)["llama_proj"]})
-    return part["llama_proj"]  # type: ignore[no-any-return] # a tree is a dict of Any
+    llama_proj: Params = part["llama_proj"]
+    return llama_proj
 
 
 def load_frozen(

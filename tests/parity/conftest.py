@@ -17,7 +17,7 @@ MAXTEXT = {
     "wheel_size": 13_599_930,
 }
 LLAMA = WheelMember(
-    **MAXTEXT,  # type: ignore[arg-type]
+    **MAXTEXT,  # type: ignore[arg-type] # texts and one number: each goes where its name says
     member="maxtext/assets/tokenizers/tokenizer.llama2",
     member_sha256="9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347",
     member_size=499_723,
@@ -26,7 +26,7 @@ LLAMA = WheelMember(
 )
 """Byte for byte the `tokenizer.model` of LLaMA 1 and 2."""
 MISTRAL = WheelMember(
-    **MAXTEXT,  # type: ignore[arg-type]
+    **MAXTEXT,  # type: ignore[arg-type] # texts and one number: each goes where its name says
     member="maxtext/assets/tokenizers/tokenizer.mistral-v1",
     member_sha256="dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     member_size=493_443,

@@ -119,7 +119,7 @@ def read_tokens(
         "decode",
         embeds,
         positions=positions,
-        mask=make_cache_mask(positions, num_slots or caches[0].num_slots),
+        mask=make_cache_mask(positions, num_slots or caches[0].capacity),
         caches=caches,
     )
     return apply_method(model, params, "head", hidden[:, 0]), caches

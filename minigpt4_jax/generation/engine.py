@@ -240,7 +240,7 @@ class Engine:
         updates it in place where only a part of it is read.
         """
         return self._free_caches.pop(batch, None) or init_cache(
-            self.config.llama, batch, num_slots=self.context + 1, dtype=self._dtype
+            self.config.llama, batch, capacity=self.context + 1, dtype=self._dtype
         )
 
     def _mark(self, tokens: Collection[int], *, rows: int) -> Bool[np.ndarray, "{rows} V"]:

@@ -55,6 +55,6 @@ def make_causal_mask(attention_mask: Bool[Array, "B S"]) -> Bool[Array, "B S S"]
     return causal[None] & attention_mask[:, None, :]
 
 
-def make_cache_mask(positions: Int[Array, "B Sq"], num_slots: int) -> Bool[Array, "B Sq Sk"]:
-    """Token at position `p` sees the cache slots 0..p: slot and position are the same number."""
-    return jnp.arange(num_slots)[None, None, :] <= positions[:, :, None]
+def make_cache_mask(positions: Int[Array, "B Sq"], length: int) -> Bool[Array, "B Sq Sk"]:
+    """Token at position `p` sees the places 0..p of the cache."""
+    return jnp.arange(length)[None, None, :] <= positions[:, :, None]

@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         v = v.reshape(*lead, -1, cfg.head_dim)
         if cache is not None:
             cache = cache.update(k, v, positions)
-            k, v = (part.astype(self.dtype) for part in cache.read(mask.shape[-1]))
+            k, v = (part.astype(self.dtype) for part in cache.read(len(x), mask.shape[-1]))
         y = attend(q, k, v, mask=mask).reshape(*lead, q_width)
         return Dense(cfg.width, False, self.dtype, name="o_proj")(y), cache
 
@@ -134,8 +134,9 @@ class Llama(nn.Module):
 
         Args:
             embeds: token and image embeddings in the order of the prompt.
-            positions: rotary position of each token; with a cache also the slot it is written to.
-            mask: True = attend; `[B, S, S]` without a cache, `[B, S, slots]` with one. Only so many slots are read.
+            positions: rotary position of each token; with a cache also the place it is written to.
+            mask: True = attend; `[B, S, S]` without a cache, `[B, S, places]` with one. Only so many places are read,
+                and only the first `B` rows of the caches.
             caches: one per layer (unstacked layout only), or None.
 
         Returns:

@@ -261,7 +261,7 @@ def test_a_row_that_is_settled_takes_no_further_answers(small: Engine) -> None:
     )
     state = start_beams(
         jnp.zeros((2, VOCAB)),
-        init_cache(config, 2, num_slots=8, dtype=jnp.float32),
+        init_cache(config, 2, capacity=8, dtype=jnp.float32),
         jnp.ones(2, jnp.int32),
         jnp.zeros((2, VOCAB), bool),
         rules,

@@ -36,7 +36,7 @@ def decode(tiny_params: Any, tiny_config: ModelConfig) -> Any:
         images = np.zeros((len(prompts), 8, tiny_config.llama.width), np.float32)
         for row, (ids, embeds) in enumerate(prompts):
             token_ids[row, : len(ids)], images[row, : len(embeds)] = ids, embeds
-        caches = init_cache(tiny_config.llama, len(prompts), num_slots=SLOTS, dtype=jnp.float32)
+        caches = init_cache(tiny_config.llama, len(prompts), capacity=SLOTS, dtype=jnp.float32)
         state, logits = first(
             params,
             jax.tree.map(lambda leaf: leaf + dirt, caches),

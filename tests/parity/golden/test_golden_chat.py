@@ -98,7 +98,7 @@ class ChatCase:
         seen = np.zeros((1, self.config.llama.vocab_size), bool)
         seen[0, self.special["bos"]] = True
         steps = self.settings["max_new_tokens"]
-        caches = init_cache(self.config.llama, 1, num_slots=len(prompt) + steps, dtype=jnp.float32)
+        caches = init_cache(self.config.llama, 1, capacity=len(prompt) + steps, dtype=jnp.float32)
         logits, caches = jax.jit(functools.partial(read_prompts, model=model))(
             params, caches, np.asarray([prompt], np.int32), image_embeds[None], np.asarray([len(prompt)], np.int32)
         )  # fmt: skip

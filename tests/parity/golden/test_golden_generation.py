@@ -59,7 +59,7 @@ def generate(
         token_ids[row, : len(prompts[row])] = prompts[row]
         images[row, : len(image_embeds[row])] = image_embeds[row]
         written[row, seen[row]] = True
-    caches = init_cache(config.llama, batch, num_slots=longest + max_new_tokens, dtype=jnp.float32)
+    caches = init_cache(config.llama, batch, capacity=longest + max_new_tokens, dtype=jnp.float32)
     first, following = compiled(config)
     sampling = make_sampling(repetition_penalty=penalty)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
@@ -105,7 +105,7 @@ def search(
     )
     params = convert_layout(params, DISK, DECODE, llama=config.llama)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    caches = init_cache(config.llama, batch, num_slots=num_slots, dtype=jnp.float32)
+    caches = init_cache(config.llama, batch, capacity=num_slots, dtype=jnp.float32)
     read, start, step, last = compiled_search(config)
     logits, caches = read(params, caches, token_ids, images, lengths)
     state = start(

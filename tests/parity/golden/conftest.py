@@ -236,7 +236,9 @@ NOT_HELD = object()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name in (name for name in CASES if name in metafunc.fixturenames):  # in one order, for xdist
+    for name in (
+        name for name in CASES if name in metafunc.fixturenames
+    ):  # in one order, for xdist
         metafunc.parametrize(name, CASES[name](GOLDEN) or [NOT_HELD], ids=case_id, scope="session")
 
 

@@ -247,7 +247,6 @@ class Engine:
             requests, (len(requests), self._runner.prompt_sizes.fit(longest))
         )
         self.counters.prefills += 1
-        settings = self._runner.settings(first)
         rules = BeamRules(
             stops=_mark(first.stop_tokens, self.config.llama.vocab_size),
             length_penalty=np.float32(length_penalty),
@@ -258,7 +257,7 @@ class Engine:
             self._runner.params,
             prefix,
             lengths,
-            np.repeat(settings.seen, len(requests), axis=0),
+            np.tile(_mark(first.written, self.config.llama.vocab_size), (len(requests), 1)),
             rules,
             num_beams=num_beams,
             places=self._runner.place_sizes.fit(longest + first.max_new_tokens),

@@ -77,7 +77,6 @@ class Runner:
         self._num_slots = num_slots
         self._dtype = jnp.dtype(dtype)
         self._cache_dtype = cache_dtype
-        self._vision = {name: params[name] for name in (*config.vision_parts, "llama_proj")}
         self._alive: tuple[bytes, Array] | None = None
 
     def make_state(self) -> SlotState:
@@ -223,6 +222,8 @@ class Runner:
         self, images: Float[np.ndarray, "I height width 3"]
     ) -> list[Float[Array, "T D"]]:
         """See `Engine.encode_images`."""
+        parts = (*self.config.vision_parts, "llama_proj")
+        vision = {name: self.params[name] for name in parts}
         found: list[Array] = []
         while len(found) < len(images):
             left = len(images) - len(found)
@@ -231,7 +232,7 @@ class Runner:
             taken = images[len(found) : len(found) + batch]
             part = np.zeros((batch, *images.shape[1:]), np.float32)
             part[: len(taken)] = taken
-            args = (self._vision, part)
+            args = (vision, part)
             found += self._program("encode", (batch,), self._encode, args)(*args)[: len(taken)]
         return found
 

@@ -1,0 +1,122 @@
+"""Where weights come from: by a preset's name or a folder's path, to parameters on devices.
+
+For: everything that needs a model's weights (`api.py`, training's entry point, benchmarks): which files belong to a
+name, the dtype, the projection that is shipped, and what a person can do when a file is damaged.
+Not for: reading one folder (`model_folder.py`), making one (`convert/`), nor what is then done with the weights.
+
+Differs from the original, whose YAML files hold a path to every part and load them into a model object one after the
+other, with missing names accepted (`strict=False`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minigpt4_jax.config import UserError
+from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.model_folder import ModelFolder, open_folder
+from minigpt4_jax.models.minigpt4 import Params, abstract_params
+from minigpt4_jax.presets import PRESETS, Preset
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, parts done, parts in all)."""
+
+
+def pick_dtype(name: str) -> Any:
+    """`auto` is bfloat16 on an accelerator and float32 on a CPU, where XLA emulates bfloat16."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype is {name!r}; expected one of auto, float32, bfloat16.")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def shipped_projection(name: str) -> Path:
+    """The projection that comes with the package. Raises `UserError` where there is none."""
+    path = Path(__file__).parent / "assets" / f"{name}_projection.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"The package ships no projection for {name!r}. For a published model convert its weights (`python -m "
+            f"convert {name} --help`) and give the folder; otherwise train a projection (train.py) and pass its file."
+        )
+    return path
+
+
+def load_projection(name: str, projection: str | Path | None, *, preset: Preset) -> Params:
+    """`llama_proj`, as it is stored: from a file, from the model folder, or the one that is shipped for a preset.
+
+    Args:
+        name: the model, as `load_frozen` takes it.
+        projection: a projection file; None: the folder's or the shipped one.
+        preset: of the model; the projection must fit it.
+
+    Raises:
+        UserError: no projection there, a damaged file, or one of another model.
+    """
+    from convert.projection import read_projection
+
+    if projection is not None or name in PRESETS:
+        path = Path(projection) if projection is not None else shipped_projection(name)
+        return read_projection(path, preset.model)[0]
+    folder = open_folder(name)
+    if "llama_proj/kernel" not in folder.names():
+        raise UserError(
+            f"The model folder {name} holds no projection. Train one (train.py) and pass its file."
+        )
+    part: Params = folder.load({"llama_proj": abstract_params(preset.model)["llama_proj"]})
+    llama_proj: Params = part["llama_proj"]
+    return llama_proj
+
+
+def load_frozen(
+    name: str, *, dtype: Any = None, progress: Progress | None = None
+) -> tuple[Params, Tokenizer]:
+    """The frozen parts (all but `llama_proj`; `DISK` layout) and the tokenizer of a model, as `MiniGPT4.load` takes it.
+
+    Args:
+        dtype: of the arrays; None: as they are stored, which is float32 for `smol`.
+
+    Raises:
+        UserError: the preset has no weights that can be fetched, fetching or converting them failed, or the folder is
+            damaged.
+    """
+    if name in PRESETS and name != "smol":
+        raise UserError(
+            f"There are no weights to fetch for the preset {name!r}: convert the published ones (`python -m convert "
+            f"{name} --help`) and give the folder."
+        )
+    folder = _folder_of(name, progress=progress)
+    abstract = abstract_params(folder.preset.model)
+    frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
+    try:
+        folder.require_whole()
+        tokenizer = load_tokenizer(folder.path)
+        return folder.load(frozen, dtype=dtype), tokenizer
+    except UserError as error:
+        if name != "smol":
+            raise
+        raise UserError(
+            f"{error}\nThese files were made from the fetched ones. Remove the folder {folder.path} and run the "
+            "command again: it is made anew."
+        ) from error
+
+
+def frozen_parts(name: str) -> dict[str, str]:
+    """Which files the frozen parts of a model came from: part -> SHA-256. Empty for a preset with random weights."""
+    if name in PRESETS and name != "smol":
+        return {}
+    sums = _folder_of(name).fingerprints()
+    return {part: digest for part, digest in sums.items() if part != "llama_proj"}
+
+
+def _folder_of(name: str, *, progress: Progress | None = None) -> ModelFolder:
+    if name == "smol":
+        from convert.smol import prepare_smol
+
+        return ModelFolder(prepare_smol(progress))
+    return open_folder(name)

@@ -11,21 +11,27 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.checkpoint import leaf_names
 from minigpt4_jax.config import UserError
-from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
+from minigpt4_jax.models.layout import DECODE, DECODE_INT8, DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.sharding import AXES, RULES, make_mesh, make_shardings, match_rule
 
+LAYOUTS = {"stacked": TRAIN, "decode": DECODE, "int8": DECODE_INT8}
+
 
 def trees() -> dict[str, Any]:
-    """Every preset in both layouts."""
+    """Every preset in every layout."""
     found = {}
     for name, preset in PRESETS.items():
         tree = abstract_params(preset.model)
         found[f"{name}, per layer"] = tree
-        found[f"{name}, stacked"] = jax.eval_shape(
-            lambda t, llama=preset.model.llama: convert_layout(t, DISK, TRAIN, llama=llama), tree
-        )
+        for kind, layout in LAYOUTS.items():
+            found[f"{name}, {kind}"] = jax.eval_shape(
+                lambda t, layout=layout, llama=preset.model.llama: convert_layout(
+                    t, DISK, layout, llama=llama
+                ),
+                tree,
+            )
     return found
 
 

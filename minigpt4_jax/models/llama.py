@@ -55,7 +55,8 @@ class SelfAttention(nn.Module):
         matrix = functools.partial(make_matrix, layout=self.layout, dtype=self.dtype)
         widths = fused_widths(cfg)["self_attn"]
         if self.layout.fused:
-            q, k, v = split_columns(matrix(sum(widths), name="qkv_proj")(x), widths)
+            joint = matrix(sum(widths), name="qkv_proj")(x)
+            q, k, v = split_columns(joint, widths, self.layout.shards)
         else:
             names = ("q_proj", "k_proj", "v_proj")
             q, k, v = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))
@@ -82,7 +83,8 @@ class Mlp(nn.Module):
         matrix = functools.partial(make_matrix, layout=self.layout, dtype=self.dtype)
         widths = fused_widths(self.config)["mlp"]
         if self.layout.fused:
-            gate, up = split_columns(matrix(sum(widths), name="gate_up_proj")(x), widths)
+            joint = matrix(sum(widths), name="gate_up_proj")(x)
+            gate, up = split_columns(joint, widths, self.layout.shards)
         else:
             names = ("gate_proj", "up_proj")
             gate, up = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))

@@ -27,7 +27,7 @@ from minigpt4_jax.model_folder import ModelFolder, find_preset, open_folder
 from minigpt4_jax.models.layout import DISK, Layout, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
 from minigpt4_jax.presets import PRESETS, Preset
-from minigpt4_jax.sharding import make_shardings
+from minigpt4_jax.sharding import cache_sharding, make_shardings
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, parts done, parts in all)."""
@@ -115,13 +115,22 @@ def load_decode_params(
         dtype: of floating-point leaves, before they are brought into `layout`.
         layout: one that `models.layout.convert_layout` makes from `DISK`.
         projection: a projection file; None: the folder's or the shipped one.
-        mesh: shards everything by `sharding.RULES`; None: the first device.
+        mesh: shards everything by `sharding.RULES`, each device reading its part; None: the first device. `layout` must
+            be cut for it: `shards` is its axis `tensor`.
         progress: told what is being converted where the model must be made first.
 
     Raises:
         UserError: as `load_frozen` and `load_projection`, or the mesh does not divide the model.
+        ValueError: `layout` is cut for another mesh.
     """
+    shards = 1 if mesh is None else mesh.shape["tensor"]
+    if layout.shards != shards:
+        raise ValueError(
+            f"layout.shards is {layout.shards}; expected {shards}, the mesh's axis tensor."
+        )
     preset = find_preset(name)
+    if mesh is not None:
+        cache_sharding(mesh, num_kv_heads=preset.model.llama.num_kv_heads)
     # Before minutes of fetching and loading: the wrong file is said at once.
     llama_proj = jax.tree.map(
         lambda leaf: np.asarray(leaf).astype(dtype),

@@ -1,7 +1,7 @@
 """The mesh, and where every parameter lies on it. The only PartitionSpecs of the project.
 
-For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards. Not for: moving arrays, and
-not for activations (constraints on these come with the sharded train step).
+For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards; `cache_sharding`; and
+`constrain`, for the activations that the compiler would lay elsewhere. Not for: moving arrays.
 
 The table has one row per parameter of a block. Every parameter must be met by exactly one row: a new parameter without
 a row is an error, and there is no row that catches the rest. It is Megatron's (Shoeybi et al., arXiv 1909.08053, §3) on
@@ -167,6 +167,18 @@ def cache_sharding(mesh: Mesh | AbstractMesh, *, num_kv_heads: int) -> NamedShar
             f"these for tensor: {', '.join(map(str, fitting))}."
         )
     return NamedSharding(mesh, P(None, "tensor"))
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """An activation `[..., D]` whose width stays whole on every device; how its rows lie is left to the compiler.
+
+    For both ends of the residual stream: the embedding and the LM head are split along the width, and without this the
+    whole stream is, with three exchanges for each matmul pair instead of one sum. Does nothing unless the function is
+    traced under `jax.set_mesh(mesh)`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * (x.ndim - 1), None))
 
 
 def match_rule(path: str) -> list[str]:

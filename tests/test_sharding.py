@@ -1,20 +1,36 @@
-"""Every parameter has one place on the mesh, and nothing falls through to a row for the rest."""
+"""Every parameter has one place on the mesh, nothing falls through to a row for the rest, and a model runs there."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.checkpoint import leaf_names
 from minigpt4_jax.config import UserError
+from minigpt4_jax.models.attention import make_cache_mask
+from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DECODE, DECODE_INT8, DISK, TRAIN, convert_layout
-from minigpt4_jax.models.minigpt4 import abstract_params
+from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
 from minigpt4_jax.presets import PRESETS
-from minigpt4_jax.sharding import AXES, RULES, make_mesh, make_shardings, match_rule
+from minigpt4_jax.sharding import (
+    AXES,
+    RULES,
+    cache_sharding,
+    make_mesh,
+    make_shardings,
+    match_rule,
+)
+from tests.signature_checks import without_signature_checks
 
 LAYOUTS = {"stacked": TRAIN, "decode": DECODE, "int8": DECODE_INT8}
 
@@ -112,3 +128,138 @@ def test_sizes_that_the_mesh_does_not_divide_are_all_listed() -> None:
 def test_a_mesh_of_another_number_of_devices_is_refused() -> None:
     with pytest.raises(UserError, match=r"data=3 x fsdp=1 x tensor=1, 3 devices; expected 4"):
         make_mesh(data=3)
+
+
+# --- the language model on a tensor-parallel mesh ------------------------------------------------------------------
+
+WIDE = dataclasses.replace(
+    PRESETS["tiny"].model,
+    llama=dataclasses.replace(
+        PRESETS["tiny"].model.llama, num_heads=8, num_kv_heads=4, tie_embeddings=False
+    ),
+)
+"""Grouped-query attention with kv heads for four devices, and a head of its own."""
+PROMPT, STEPS, CAPACITY = 9, 3, 16
+
+
+@pytest.fixture(scope="module")
+def wide_params(draw_params: Callable[[Any], Any]) -> Any:
+    llama: Any = draw_params({"llama": abstract_params(WIDE)["llama"]})
+    return llama
+
+
+def read(params: Any, caches: Any, token_ids: Any, positions: Any, *, model: Any) -> Any:
+    """Feeds tokens where `positions` says, and gives the logits behind each."""
+    embeds = apply_method(model, params, "embed_prompt", token_ids, None)
+    mask = make_cache_mask(positions, caches[0].capacity)
+    hidden, caches, _ = apply_method(
+        model, params, "decode", embeds, positions=positions, mask=mask, caches=caches
+    )
+    return apply_method(model, params, "head", hidden), caches
+
+
+class Run:
+    """The model on the first devices, as the engine has it: parameters and cache placed, the cache donated."""
+
+    def __init__(self, params: Any, *, tensor: int, int8: bool, cut: bool = True) -> None:
+        layout = dataclasses.replace(DECODE, int8=int8, shards=tensor if cut else 1)
+        self.mesh: Mesh = make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
+        placed = convert_layout(params, DISK, layout, llama=WIDE.llama)
+        self.params = jax.device_put(placed, make_shardings(self.mesh, placed))
+        place = cache_sharding(self.mesh, num_kv_heads=WIDE.llama.num_kv_heads)
+        caches = init_cache(WIDE.llama, 3, capacity=CAPACITY, dtype=jnp.float32)
+        self.caches = jax.device_put(caches, place)
+        self._read = jax.jit(
+            functools.partial(read, model=make_model(WIDE, layout=layout, dtype=jnp.float32)),
+            donate_argnums=1,
+            out_shardings=(NamedSharding(self.mesh, P()), place),
+        )
+
+    def compile(self, token_ids: Any, positions: Any) -> Any:
+        with jax.set_mesh(self.mesh), without_signature_checks():
+            return self._read.lower(self.params, self.caches, token_ids, positions).compile()
+
+    def feed(self, token_ids: Any, positions: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            logits, self.caches = self._read(self.params, self.caches, token_ids, positions)
+        return np.asarray(logits)
+
+    def addresses(self) -> list[int]:
+        return [
+            shard.data.unsafe_buffer_pointer()
+            for leaf in jax.tree.leaves(self.caches)
+            for shard in leaf.addressable_shards
+        ]
+
+
+def feeds() -> list[Any]:
+    """A prompt, then single tokens; one row is a place behind the others."""
+    ids = np.random.default_rng(6).integers(0, WIDE.llama.vocab_size, (3, PROMPT + STEPS))
+    places = np.broadcast_to(np.arange(PROMPT), (3, PROMPT))
+    single = [(ids[:, [i]], np.array([[i], [i - 1], [i]])) for i in range(PROMPT, PROMPT + STEPS)]
+    return [(ids[:, :PROMPT].astype(np.int32), places.astype(np.int32)), *single]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_prefill_and_steps_on_a_mesh_give_the_logits_of_one_device(
+    wide_params: Any, int8: bool
+) -> None:
+    alone = Run(wide_params, tensor=1, int8=int8)
+    expected = [alone.feed(*fed) for fed in feeds()]
+    assert min(float(np.std(logits)) for logits in expected) > 0.5  # a model that does something
+    for tensor in (4,) if int8 else (2, 4):
+        sharded = Run(wide_params, tensor=tensor, int8=int8)
+        for fed, logits in zip(feeds(), expected, strict=True):
+            np.testing.assert_allclose(sharded.feed(*fed), logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_kernels_and_cache_lie_in_shards_and_the_cache_stays_where_it_is(
+    wide_params: Any, tensor: int
+) -> None:
+    run, llama = Run(wide_params, tensor=tensor, int8=True), WIDE.llama
+    layer = run.params["llama"]["layers"]["1"]
+    qkv = (llama.num_heads + 2 * llama.num_kv_heads) * llama.head_dim
+    for leaf, shape in (
+        (layer["self_attn"]["qkv_proj"]["kernel"], (llama.width, qkv // tensor)),
+        (layer["self_attn"]["qkv_proj"]["kernel_scale"], (qkv // tensor,)),
+        (layer["mlp"]["gate_up_proj"]["kernel"], (llama.width, 2 * llama.mlp_width // tensor)),
+        (layer["mlp"]["down_proj"]["kernel"], (llama.mlp_width // tensor, llama.width)),
+        (layer["mlp"]["down_proj"]["kernel_scale"], (llama.width,)),
+        (run.caches[1].k, (3, llama.num_kv_heads // tensor, CAPACITY, llama.head_dim)),
+    ):
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}
+        assert len(leaf.addressable_shards) == tensor
+    before, (prompt, step, *_) = run.addresses(), feeds()
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(run.caches)]
+    for fed in (prompt, step):
+        run.feed(*fed)
+        assert run.addresses() == before
+    assert [leaf.sharding for leaf in jax.tree.leaves(run.caches)] == shardings
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(run.caches)) // tensor
+    assert run.compile(*step).memory_analysis().alias_size_in_bytes == own
+
+
+def exchanges(compiled: Any) -> list[str]:
+    """What crosses devices in a compiled step, by name."""
+    found = re.findall(
+        r"(all-[a-z]+|collective-permute|reduce-scatter)[-a-z]*\(", compiled.as_text()
+    )
+    return sorted(found)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_step_crosses_devices_once_for_each_pair_of_matmuls(wide_params: Any, int8: bool) -> None:
+    """And once for the embedding and once for the logits; neither a weight nor the cache is ever moved."""
+    step = feeds()[1]
+    run = Run(wide_params, tensor=4, int8=int8)
+    sums = 2 * WIDE.llama.num_layers + 1
+    assert exchanges(run.compile(*step)) == ["all-gather"] + ["all-reduce"] * sums
+    uncut = Run(wide_params, tensor=4, int8=int8, cut=False)
+    assert "collective-permute" in exchanges(uncut.compile(*step))  # what `Layout.shards` is for
+
+
+def test_kv_heads_that_the_mesh_does_not_divide_are_refused() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 1, 4), AXES)
+    with pytest.raises(UserError, match=r"tensor=4 and the language model 6 kv heads.* 1, 2, 3, 6"):
+        cache_sharding(mesh, num_kv_heads=6)

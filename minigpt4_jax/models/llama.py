@@ -29,6 +29,7 @@ from minigpt4_jax.models.layers import (
 )
 from minigpt4_jax.models.layout import Layout, fused_widths, split_columns
 from minigpt4_jax.models.rope import rotate
+from minigpt4_jax.sharding import constrain
 
 
 def make_matrix(
@@ -170,8 +171,8 @@ class Llama(nn.Module):
             name="layers",
             stacked=self.layout.stacked,
             block_args={"config": cfg, "layout": self.layout, "dtype": self.dtype},
-            x=embeds.astype(self.dtype),
+            x=constrain(embeds.astype(self.dtype)),
             caches=caches,
             args=(positions, mask),
         )
-        return self.norm(x), caches, states
+        return constrain(self.norm(x)), caches, states

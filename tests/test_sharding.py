@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.checkpoint import leaf_names
@@ -161,27 +161,31 @@ def read(params: Any, caches: Any, token_ids: Any, positions: Any, *, model: Any
 class Run:
     """The model on the first devices, as the engine has it: parameters and cache placed, the cache donated."""
 
-    def __init__(self, params: Any, *, tensor: int, int8: bool, cut: bool = True) -> None:
+    def __init__(
+        self, params: Any, *, tensor: int, int8: bool, cache: Any = jnp.float32, cut: bool = True
+    ) -> None:
         layout = dataclasses.replace(DECODE, int8=int8, shards=tensor if cut else 1)
-        self.mesh: Mesh = make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
+        mesh = make_mesh(tensor=tensor, devices=jax.devices()[:tensor])
         placed = convert_layout(params, DISK, layout, llama=WIDE.llama)
-        self.params = jax.device_put(placed, make_shardings(self.mesh, placed))
-        place = cache_sharding(self.mesh, num_kv_heads=WIDE.llama.num_kv_heads)
-        caches = init_cache(WIDE.llama, 3, capacity=CAPACITY, dtype=jnp.float32)
+        self.params = jax.device_put(placed, make_shardings(mesh, placed))
+        place = cache_sharding(mesh, num_kv_heads=WIDE.llama.num_kv_heads)
+        caches = init_cache(WIDE.llama, 3, capacity=CAPACITY, dtype=cache)
         self.caches = jax.device_put(caches, place)
-        self._read = jax.jit(
+        step = jax.jit(
             functools.partial(read, model=make_model(WIDE, layout=layout, dtype=jnp.float32)),
             donate_argnums=1,
-            out_shardings=(NamedSharding(self.mesh, P()), place),
+            out_shardings=(NamedSharding(mesh, P()), place),
         )
-
-    def compile(self, token_ids: Any, positions: Any) -> Any:
-        with jax.set_mesh(self.mesh), without_signature_checks():
-            return self._read.lower(self.params, self.caches, token_ids, positions).compile()
+        with jax.set_mesh(mesh), without_signature_checks():
+            self.compiled = [
+                step.lower(self.params, self.caches, *map(jnp.asarray, fed)).compile()
+                for fed in feeds()[:2]
+            ]
 
     def feed(self, token_ids: Any, positions: Any) -> Any:
-        with jax.set_mesh(self.mesh):
-            logits, self.caches = self._read(self.params, self.caches, token_ids, positions)
+        compiled = self.compiled[token_ids.shape[1] == 1]
+        with without_signature_checks():
+            logits, self.caches = compiled(self.params, self.caches, token_ids, positions)
         return np.asarray(logits)
 
     def addresses(self) -> list[int]:
@@ -190,6 +194,12 @@ class Run:
             for leaf in jax.tree.leaves(self.caches)
             for shard in leaf.addressable_shards
         ]
+
+
+@pytest.fixture(scope="module")
+def runs(wide_params: Any) -> Callable[..., Run]:
+    """Makes each `Run` once for all tests: compiling is what takes time here."""
+    return functools.cache(functools.partial(Run, wide_params))
 
 
 def feeds() -> list[Any]:
@@ -202,42 +212,51 @@ def feeds() -> list[Any]:
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_prefill_and_steps_on_a_mesh_give_the_logits_of_one_device(
-    wide_params: Any, int8: bool
+    runs: Callable[..., Run], int8: bool
 ) -> None:
-    alone = Run(wide_params, tensor=1, int8=int8)
+    alone = runs(tensor=1, int8=int8)
     expected = [alone.feed(*fed) for fed in feeds()]
     assert min(float(np.std(logits)) for logits in expected) > 0.5  # a model that does something
     for tensor in (4,) if int8 else (2, 4):
-        sharded = Run(wide_params, tensor=tensor, int8=int8)
+        sharded = runs(tensor=tensor, int8=int8)
         for fed, logits in zip(feeds(), expected, strict=True):
             np.testing.assert_allclose(sharded.feed(*fed), logits, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_kernels_and_cache_lie_in_shards_and_the_cache_stays_where_it_is(
-    wide_params: Any, tensor: int
-) -> None:
-    run, llama = Run(wide_params, tensor=tensor, int8=True), WIDE.llama
+def test_kernels_lie_in_shards(runs: Callable[..., Run]) -> None:
+    run, llama = runs(tensor=4, int8=True), WIDE.llama
     layer = run.params["llama"]["layers"]["1"]
     qkv = (llama.num_heads + 2 * llama.num_kv_heads) * llama.head_dim
     for leaf, shape in (
-        (layer["self_attn"]["qkv_proj"]["kernel"], (llama.width, qkv // tensor)),
-        (layer["self_attn"]["qkv_proj"]["kernel_scale"], (qkv // tensor,)),
-        (layer["mlp"]["gate_up_proj"]["kernel"], (llama.width, 2 * llama.mlp_width // tensor)),
-        (layer["mlp"]["down_proj"]["kernel"], (llama.mlp_width // tensor, llama.width)),
+        (layer["self_attn"]["qkv_proj"]["kernel"], (llama.width, qkv // 4)),
+        (layer["self_attn"]["qkv_proj"]["kernel_scale"], (qkv // 4,)),
+        (layer["mlp"]["gate_up_proj"]["kernel"], (llama.width, 2 * llama.mlp_width // 4)),
+        (layer["mlp"]["down_proj"]["kernel"], (llama.mlp_width // 4, llama.width)),
         (layer["mlp"]["down_proj"]["kernel_scale"], (llama.width,)),
-        (run.caches[1].k, (3, llama.num_kv_heads // tensor, CAPACITY, llama.head_dim)),
     ):
-        assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}
-        assert len(leaf.addressable_shards) == tensor
-    before, (prompt, step, *_) = run.addresses(), feeds()
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(run.caches)]
-    for fed in (prompt, step):
+        assert [shard.data.shape for shard in leaf.addressable_shards] == [shape] * 4
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"tensor": 2, "int8": False, "cache": jnp.int8}, {"tensor": 4, "int8": True}],
+    ids=["int8 cache", "float cache"],
+)
+def test_every_device_has_its_heads_of_the_cache_and_writes_them_in_place(
+    runs: Callable[..., Run], setting: Any
+) -> None:
+    run, tensor = runs(**setting), setting["tensor"]
+    for leaf in jax.tree.leaves(run.caches):
+        own = (3, WIDE.llama.num_kv_heads // tensor, *leaf.shape[2:])
+        assert [shard.data.shape for shard in leaf.addressable_shards] == [own] * tensor
+    before, shardings = run.addresses(), [leaf.sharding for leaf in jax.tree.leaves(run.caches)]
+    for fed in feeds()[:2]:
         run.feed(*fed)
         assert run.addresses() == before
     assert [leaf.sharding for leaf in jax.tree.leaves(run.caches)] == shardings
-    own = sum(leaf.nbytes for leaf in jax.tree.leaves(run.caches)) // tensor
-    assert run.compile(*step).memory_analysis().alias_size_in_bytes == own
+    bytes_of_one = sum(leaf.nbytes for leaf in jax.tree.leaves(run.caches)) // tensor
+    for compiled in run.compiled:
+        assert compiled.memory_analysis().alias_size_in_bytes == bytes_of_one
 
 
 def exchanges(compiled: Any) -> list[str]:
@@ -248,15 +267,25 @@ def exchanges(compiled: Any) -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_step_crosses_devices_once_for_each_pair_of_matmuls(wide_params: Any, int8: bool) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [{"tensor": 2, "int8": False, "cache": jnp.int8}, {"tensor": 4, "int8": True}],
+    ids=["int8 cache", "int8 kernels"],
+)
+def test_a_step_crosses_devices_once_for_each_pair_of_matmuls(
+    runs: Callable[..., Run], setting: Any
+) -> None:
     """And once for the embedding and once for the logits; neither a weight nor the cache is ever moved."""
-    step = feeds()[1]
-    run = Run(wide_params, tensor=4, int8=int8)
     sums = 2 * WIDE.llama.num_layers + 1
-    assert exchanges(run.compile(*step)) == ["all-gather"] + ["all-reduce"] * sums
-    uncut = Run(wide_params, tensor=4, int8=int8, cut=False)
-    assert "collective-permute" in exchanges(uncut.compile(*step))  # what `Layout.shards` is for
+    for compiled in runs(**setting).compiled:
+        assert exchanges(compiled) == ["all-gather"] + ["all-reduce"] * sums
+
+
+def test_fused_kernels_that_are_not_cut_for_the_mesh_are_moved_in_every_step(
+    runs: Callable[..., Run],
+) -> None:
+    uncut = runs(tensor=2, int8=False, cut=False)
+    assert {"collective-permute", "all-to-all"} & set(exchanges(uncut.compiled[1]))
 
 
 def test_kv_heads_that_the_mesh_does_not_divide_are_refused() -> None:

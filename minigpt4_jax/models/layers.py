@@ -1,4 +1,4 @@
-"""Building blocks of the towers: norms, matrices (plain and int8) and the stack of repeated blocks.
+"""Building blocks that more than one tower uses: norms, matrices and the stack of repeated blocks.
 
 Not for: attention (`attention.py`) and rotary embeddings (`rope.py`).
 """
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 class RMSNorm(nn.Module):
@@ -66,59 +66,12 @@ class Dense(nn.Module):
         return y
 
 
-class Int8Dense(nn.Module):
-    """`(x @ kernel) * kernel_scale` with an int8 kernel `[in, out]` and one float32 scale per output channel.
-
-    The activations are not quantised. Parameters come from `layout.quantise`; fresh ones are zeros.
-    """
-
-    features: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.int8)
-        scale = self.param("kernel_scale", nn.initializers.ones, (self.features,))
-        # The scale comes after the matmul: then the kernel is only converted on its way in, which XLA fuses into the
-        # matmul (bfloat16 has every int8 exactly). Scaled before it, the whole kernel would be written out in `dtype`.
-        return _scale_columns(x.astype(self.dtype) @ kernel.astype(self.dtype), scale)
-
-
-class Int8Embed(nn.Module):
-    """A token embedding `[V, D]` that is the LM head too: int8 with one float32 scale per token."""
-
-    num_embeddings: int
-    features: int
-    dtype: DTypeLike
-
-    def setup(self) -> None:
-        shape = (self.num_embeddings, self.features)
-        self.embedding = self.param("embedding", nn.initializers.zeros, shape, jnp.int8)
-        self.embedding_scale = self.param("embedding_scale", nn.initializers.ones, shape[:1])
-
-    def __call__(self, token_ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        rows = self.embedding[token_ids].astype(jnp.float32)
-        return (rows * self.embedding_scale[token_ids][..., None]).astype(self.dtype)
-
-    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The product with every token's row, scaled after it like `Int8Dense`."""
-        return _scale_columns(
-            multiply_rows(x.astype(self.dtype), self.embedding), self.embedding_scale
-        )
-
-
 def multiply_rows(x: Float[Array, "*B D"], rows: Array) -> Float[Array, "*B V"]:
     """`x @ rows.T` in the dtype of `x`, for rows `[V, D]`.
 
     Not `Embed.attend`: for a single row of `x`, XLA's CPU compiler copies the transposed embedding first.
     """
     return jax.lax.dot_general(x, rows.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-
-
-def _scale_columns(y: Float[Array, "*B F"], scale: Float[Array, " F"]) -> Float[Array, "*B F"]:
-    """In float32, so that a bfloat16 scale does not round each column a second time in one direction."""
-    return (y.astype(jnp.float32) * scale[(None,) * (y.ndim - 1)]).astype(y.dtype)
 
 
 class Unstacked(nn.Module):

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from minigpt4_jax.config import LlamaConfig
+from minigpt4_jax.models.int8 import namespace, quantise
 
 Params = dict[str, Any]
 REPEATED = ("blocks", "layers")
@@ -33,8 +32,8 @@ class Layout:
     fused: bool
     """`qkv_proj` and `gate_up_proj` instead of their parts (the LLM only)."""
     int8: bool
-    """What the LLM multiplies with (the layers' kernels, `lm_head` or the tied embedding) as int8 `NAME` with the
-    float32 `NAME_scale`, one per output channel: see `quantise`. An embedding that is only looked up stays as it is."""
+    """What the LLM multiplies with (the layers' kernels, `lm_head` or the tied embedding) as int8 `NAME` beside the
+    float32 `NAME_scale`, one per output channel: see `int8.quantise`. An embedding that is only looked up is left."""
     shards: int = 1
     """In so many equal pieces the columns of a fused kernel are cut for tensor parallelism. Piece `t` holds the columns
     `[q_t | k_t | v_t]`, `[gate_t | up_t]`, so that each device has matching heads of all three. 1 on one device. The
@@ -92,28 +91,6 @@ def convert_layout(params: Params, source: Layout, target: Layout, *, llama: Lla
     if target.stacked:
         plain = _map_repeated(plain, _stack)
     return plain
-
-
-def quantise(array: Any, axis: int) -> tuple[Any, Any]:
-    """Rounds to int8 with one scale per slice along `axis`: `scale = max|x| / 127`, `x_int8 = round(x / scale)`.
-
-    Symmetric "scale quantisation" of Wu et al. (arXiv 2004.09602, section 3.1.2); -128 is never used. Computed in
-    float32, halves to even; the largest error is half a scale. A slice of zeros has the scale 1; one with a NaN or an
-    infinity has that for its scale, so that whatever is multiplied with it shows it.
-
-    Args:
-        array: floats, NumPy or JAX; JAX arrays are computed with where they lie.
-        axis: what one scale is shared along; the scales lack it.
-
-    Returns:
-        The int8 array in the shape of `array`, and the float32 scales.
-    """
-    xp = _namespace(array)
-    wide = array.astype(np.float32)
-    largest = xp.max(xp.abs(wide), axis=axis, keepdims=True)
-    # Not `/ 127`: XLA makes that a product with the reciprocal, and NumPy's bits would differ.
-    scale = xp.where(largest == 0, np.float32(1), largest * np.float32(1 / 127))
-    return xp.rint(wide / scale).astype(np.int8), xp.squeeze(scale, axis)
 
 
 def _require_layout(tree: Params, layout: Layout, where: str = "") -> None:
@@ -196,16 +173,12 @@ def _to_int8(module: Params, leaf: str) -> Params:
     return {**module, leaf: values, f"{leaf}_scale": scale}
 
 
-def _namespace(leaf: Any) -> Any:
-    return np if isinstance(leaf, np.ndarray) else jnp
-
-
 def _stack(layers: Params) -> Params:
     expected = [str(i) for i in range(len(layers))]
     if sorted(layers, key=int) != expected:
         raise ValueError(f"Layers are named {sorted(layers)}; expected 0 to {len(layers) - 1}.")
     stacked: Params = jax.tree.map(
-        lambda *leaves: _namespace(leaves[0]).stack(leaves), *[layers[i] for i in expected]
+        lambda *leaves: namespace(leaves[0]).stack(leaves), *[layers[i] for i in expected]
     )
     return stacked
 
@@ -240,7 +213,7 @@ def split_columns(joint: Any, widths: tuple[int, ...], shards: int) -> list[Any]
 def _join_columns(kernels: list[Any], shards: int) -> Any:
     """The way back from `split_columns`."""
     pieces = [_cut(kernel, shards) for kernel in kernels]
-    joint = _namespace(kernels[0]).concatenate(pieces, axis=-1)
+    joint = namespace(kernels[0]).concatenate(pieces, axis=-1)
     return joint.reshape(*kernels[0].shape[:-1], -1)
 
 

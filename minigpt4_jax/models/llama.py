@@ -18,15 +18,9 @@ from jaxtyping import Array, Float, Int
 from minigpt4_jax.config import LlamaConfig
 from minigpt4_jax.dims import Embeds, Mask, TokenIds
 from minigpt4_jax.models.attention import attend
+from minigpt4_jax.models.int8 import Int8Dense, Int8Embed
 from minigpt4_jax.models.kv_cache import KVCache, LayerCache
-from minigpt4_jax.models.layers import (
-    Dense,
-    Int8Dense,
-    Int8Embed,
-    RMSNorm,
-    multiply_rows,
-    run_blocks,
-)
+from minigpt4_jax.models.layers import Dense, RMSNorm, multiply_rows, run_blocks
 from minigpt4_jax.models.layout import Layout, fused_widths, split_columns
 from minigpt4_jax.models.rope import rotate
 from minigpt4_jax.sharding import constrain
@@ -65,10 +59,13 @@ class SelfAttention(nn.Module):
         q = rotate(q.reshape(*lead, -1, cfg.head_dim), positions, base=cfg.rope_base)
         k = rotate(k.reshape(*lead, -1, cfg.head_dim), positions, base=cfg.rope_base)
         v = v.reshape(*lead, -1, cfg.head_dim)
+        k_scale = v_scale = None
         if cache is not None:
-            cache = cache.update(k, v, positions)
-            k, v = (part.astype(self.dtype) for part in cache.read(len(x), mask.shape[-1]))
-        y = attend(q, k, v, mask=mask).reshape(*lead, -1)
+            length = mask.shape[-1]
+            cache = cache.update(k, v, positions, length=length)
+            k, v = (part.astype(self.dtype) for part in cache.read(len(x), length))
+            k_scale, v_scale = cache.read_scales(len(x), length)
+        y = attend(q, k, v, mask=mask, k_scale=k_scale, v_scale=v_scale).reshape(*lead, -1)
         return matrix(cfg.width, name="o_proj")(y), cache
 
 

@@ -24,7 +24,6 @@ from minigpt4_jax.models.layout import (
     TRAIN,
     Layout,
     convert_layout,
-    quantise,
 )
 from minigpt4_jax.models.minigpt4 import Batch, abstract_params, forward, make_model
 from minigpt4_jax.presets import PRESETS
@@ -245,32 +244,6 @@ def untied(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     head = {"kernel": kernel.astype(np.float32) / llama.width**0.5}
     tree = {**params, "llama": {**params["llama"], "lm_head": head}}
     return tree, dataclasses.replace(config, llama=llama)
-
-
-def test_each_output_channel_is_rounded_by_its_own_largest_value() -> None:
-    kernel = np.asarray([[12.7, 0.0, -1.0], [-6.35, 0.0, 0.26], [0.06, 0.0, 0.0]], np.float32)
-    values, scale = quantise(kernel, 0)
-    assert values.dtype == np.int8
-    assert scale.dtype == np.float32
-    np.testing.assert_allclose(scale, [0.1, 1, 1 / 127], rtol=1e-6)
-    # -6.35 / 0.1 lies at half: to the even one, or what float32 makes of it
-    np.testing.assert_array_equal(values[:, 1:], [[0, -127], [0, 33], [0, 0]])
-    assert values[0, 0] == 127
-    assert values[1, 0] in (-63, -64)
-    assert values[2, 0] == 1
-    np.testing.assert_array_equal(quantise(kernel.T, 1)[0], values.T)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy says so as well
-def test_a_channel_that_is_not_finite_still_shows_it(bad: float) -> None:
-    kernel = np.ones((4, 3), np.float32)
-    kernel[2, 1] = bad
-    for array in (kernel, jnp.asarray(kernel)):
-        values, scale = quantise(array, 0)
-        product = np.asarray(values[0], np.float32) * np.asarray(scale)
-        np.testing.assert_array_equal(np.isfinite(scale), [True, False, True])
-        np.testing.assert_array_equal(np.isfinite(product), [True, False, True])
 
 
 def test_int8_rounds_what_the_llm_multiplies_with_and_nothing_else(

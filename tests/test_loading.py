@@ -17,9 +17,11 @@ from minigpt4_jax.checkpoint import compare_trees
 from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.loading import load_decode_params, pick_dtype
-from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
+from minigpt4_jax.models.kv_cache import init_cache
+from minigpt4_jax.models.layout import DECODE, DECODE_INT8, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import PRESETS
+from minigpt4_jax.sharding import make_mesh, make_shardings
 from tests.tiny_folder import write_folder
 
 TINY = PRESETS["tiny-qformer"]
@@ -30,7 +32,9 @@ DEEP = dataclasses.replace(
     ),
 )
 """More layers than digits, and kv heads for four devices."""
-LAYOUTS = {"decode": DECODE}
+LAYER = 634_408_960
+"""Bytes of a layer of the 13B in bfloat16: what loading holds beside the result."""
+LAYOUTS = {"decode": DECODE, "int8": DECODE_INT8}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +56,17 @@ def assert_same(actual: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def converted(params: Any, layout: Any) -> Any:
+    """The whole model at once. Compiled, as loading does it: a value between two int8 may go either way otherwise."""
+    return jax.jit(lambda tree: convert_layout(tree, DISK, layout, llama=DEEP.model.llama))(params)
+
+
 def num_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def must_not_read(*_: Any) -> Any:
+    raise AssertionError("read")
 
 
 def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
@@ -62,14 +75,41 @@ def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_parameters_come_as_the_whole_model_would_be_converted(
-    folder: str, params: Any, layout: Any, dtype: Any
+    folder: str, params: Any, layout: Any
 ) -> None:
-    read, tokenizer = load_decode_params(folder, dtype=dtype, layout=layout)
-    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    assert_same(read, convert_layout(cast, DISK, layout, llama=DEEP.model.llama))
+    read, tokenizer = load_decode_params(folder, dtype=jnp.bfloat16, layout=layout)
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert_same(read, converted(cast, layout))
     assert tokenizer.vocab_size == byte_tokenizer().vocab_size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_on_a_mesh_every_device_gets_its_part(folder: str, params: Any, layout: Any) -> None:
+    mesh, cut = make_mesh(tensor=4), dataclasses.replace(layout, shards=4)
+    read, _ = load_decode_params(folder, dtype=jnp.float32, layout=cut, mesh=mesh)
+    assert_same(read, converted(params, cut))
+    places = jax.tree.leaves(make_shardings(mesh, read))
+    for leaf, place in zip(jax.tree.leaves(read), places, strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    kernel = read["llama"]["layers"]["10"]["mlp"]["gate_up_proj"]["kernel"]
+    assert [s.data.shape for s in kernel.addressable_shards] == [(32, 2 * 64 // 4)] * 4
+
+
+def test_a_layout_or_a_model_that_does_not_fit_the_mesh_is_refused_before_anything_is_read(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt4_jax.model_folder.WeightFile.read", must_not_read)
+    mesh = make_mesh(tensor=4)
+    with pytest.raises(ValueError, match=r"layout.shards is 1; expected 4"):
+        load_decode_params(folder, dtype=jnp.float32, layout=DECODE, mesh=mesh)
+    with pytest.raises(UserError, match="tensor=3 and the language model 4 kv heads"):
+        load_decode_params(
+            folder,
+            dtype=jnp.float32,
+            layout=dataclasses.replace(DECODE, shards=3),
+            mesh=make_mesh(tensor=3, devices=jax.devices()[:3]),
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -119,9 +159,6 @@ def test_the_conversion_is_compiled_once_for_all_layers(folder: str) -> None:
 def test_a_folder_of_another_model_is_refused_before_anything_is_read(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def must_not_read(*_: Any) -> Any:
-        raise AssertionError("read")
-
     monkeypatch.setattr(
         loading, "_frozen", lambda _: {"llama": abstract_params(TINY.model)["llama"]}
     )
@@ -130,3 +167,36 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_read(
     monkeypatch.setattr(loading, "load_projection", lambda *_, **__: projection)
     with pytest.raises(UserError, match="unexpected: llama/layers/10/"):
         load_decode_params(folder, dtype=jnp.float32, layout=DECODE)
+
+
+def decode_bytes(name: str, *, layout: Any, cache: Any) -> dict[str, int]:
+    """What lies on the device, from shapes alone: all parts but the language model in bfloat16, one row of 2,048."""
+    config = PRESETS[name].model
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract_params(config)
+    )
+    tree = jax.eval_shape(lambda t: convert_layout(t, DISK, layout, llama=config.llama), abstract)
+    caches = jax.eval_shape(
+        lambda: jax.tree.leaves(init_cache(config.llama, 1, capacity=2048, dtype=cache))
+    )
+    language = num_bytes(tree.pop("llama"))
+    return {"language": language, "vision": num_bytes(tree), "cache": num_bytes(caches)}
+
+
+def test_13b_in_int8_fits_a_card_of_24_gb() -> None:
+    """With room for what a step and a picture need beside it; in bfloat16 the weights alone are more."""
+    float_cache = decode_bytes("vicuna-13b", layout=DECODE_INT8, cache=jnp.bfloat16)
+    assert float_cache == {
+        "language": 13_188_782_084,
+        "vision": 2_189_993_728,
+        "cache": 1_677_721_600,
+    }
+    int8_cache = decode_bytes("vicuna-13b", layout=DECODE_INT8, cache=jnp.int8)
+    assert int8_cache == {**float_cache, "cache": 865_075_200}
+    assert sum(float_cache.values()) < 24e9 - LAYER - 4e9
+    assert sum(decode_bytes("vicuna-13b", layout=DECODE, cache=jnp.int8).values()) > 24e9
+
+
+def test_while_it_is_loaded_13b_in_int8_needs_a_layer_more() -> None:
+    layer = abstract_params(PRESETS["vicuna-13b"].model)["llama"]["layers"]["0"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(layer)) * 2 == LAYER

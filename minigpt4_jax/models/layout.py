@@ -34,6 +34,14 @@ class Layout:
     int8: bool
     """What the LLM multiplies with (the layers' kernels, `lm_head` or the tied embedding) as int8 `NAME` beside the
     float32 `NAME_scale`, one per output channel: see `int8.quantise`. An embedding that is only looked up is left."""
+    shards: int = 1
+    """In so many equal pieces the columns of a fused kernel are cut for tensor parallelism. Piece `t` holds the columns
+    `[q_t | k_t | v_t]`, `[gate_t | up_t]`, so that each device has matching heads of all three. 1 on one device. The
+    arrays do not tell how they were cut: a wrong number here is not noticed."""
+
+    def __post_init__(self) -> None:
+        if self.shards < 1 or (self.shards > 1 and not self.fused):
+            raise ValueError(f"shards is {self.shards} in {self}; expected 1, or more where fused.")
 
 
 DISK = Layout(stacked=False, fused=False, int8=False)
@@ -73,10 +81,11 @@ def convert_layout(params: Params, source: Layout, target: Layout, *, llama: Lla
     plain = params
     if source.stacked:
         plain = _map_repeated(plain, _unstack)
-    if source.fused and not target.fused:
-        plain = _map_layers(plain, lambda layer: _split(layer, llama))
-    if target.fused and not source.fused:
-        plain = _map_layers(plain, _fuse)
+    if (source.fused, source.shards) != (target.fused, target.shards):
+        if source.fused:
+            plain = _map_layers(plain, lambda layer: _split(layer, llama, source.shards))
+        if target.fused:
+            plain = _map_layers(plain, lambda layer: _fuse(layer, target.shards))
     if target.int8 and not source.int8:
         plain = _map_multiplied(plain, lambda module, leaf, _: _to_int8(module, leaf), llama)
     if target.stacked:
@@ -191,28 +200,43 @@ def fused_widths(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def split_columns(joint: Any, widths: tuple[int, ...]) -> list[Any]:
+def split_columns(joint: Any, widths: tuple[int, ...], shards: int) -> list[Any]:
     """The parts of a fused kernel `[..., in, out]`, or of what it gives `[..., out]`, in the order of `widths`."""
-    ends = list(itertools.accumulate(widths))
-    return [joint[..., end - width : end] for width, end in zip(widths, ends, strict=True)]
+    pieces = _cut(joint, shards)
+    ends = itertools.accumulate(width // shards for width in widths)
+    return [
+        pieces[..., end - width // shards : end].reshape(*joint.shape[:-1], width)
+        for width, end in zip(widths, ends, strict=True)
+    ]
 
 
-def _join_columns(kernels: list[Any]) -> Any:
+def _join_columns(kernels: list[Any], shards: int) -> Any:
     """The way back from `split_columns`."""
-    return namespace(kernels[0]).concatenate(kernels, axis=-1)
+    pieces = [_cut(kernel, shards) for kernel in kernels]
+    joint = namespace(kernels[0]).concatenate(pieces, axis=-1)
+    return joint.reshape(*kernels[0].shape[:-1], -1)
 
 
-def _fuse(layer: Params) -> Params:
+def _cut(array: Any, shards: int) -> Any:
+    """`[..., F]` as `[..., shards, F / shards]`."""
+    width = array.shape[-1]
+    if width % shards:
+        raise ValueError(f"{width} columns cannot be cut into {shards} shards of equal size.")
+    return array.reshape(*array.shape[:-1], shards, width // shards)
+
+
+def _fuse(layer: Params, shards: int) -> Params:
     fused = dict(layer)
     for part, (joint, names) in _FUSED.items():
         if part in layer:
             leaves = dict(layer[part])
-            leaves[joint] = {"kernel": _join_columns([leaves.pop(n)["kernel"] for n in names])}
+            kernels = [leaves.pop(n)["kernel"] for n in names]
+            leaves[joint] = {"kernel": _join_columns(kernels, shards)}
             fused[part] = leaves
     return fused
 
 
-def _split(layer: Params, llama: LlamaConfig) -> Params:
+def _split(layer: Params, llama: LlamaConfig, shards: int) -> Params:
     split = dict(layer)
     for part, (joint, names) in _FUSED.items():
         if part not in layer:
@@ -221,7 +245,7 @@ def _split(layer: Params, llama: LlamaConfig) -> Params:
         kernel = leaves.pop(joint)["kernel"]
         if kernel.shape[-1] != sum(widths):
             raise ValueError(f"{joint} has {kernel.shape[-1]} columns; expected {sum(widths)}.")
-        for name, columns in zip(names, split_columns(kernel, widths), strict=True):
+        for name, columns in zip(names, split_columns(kernel, widths, shards), strict=True):
             leaves[name] = {"kernel": columns}
         split[part] = leaves
     return split

@@ -23,6 +23,7 @@ from minigpt4_jax.models.kv_cache import KVCache, LayerCache
 from minigpt4_jax.models.layers import Dense, RMSNorm, multiply_rows, run_blocks
 from minigpt4_jax.models.layout import Layout, fused_widths, split_columns
 from minigpt4_jax.models.rope import rotate
+from minigpt4_jax.sharding import constrain
 
 
 def make_matrix(
@@ -49,7 +50,8 @@ class SelfAttention(nn.Module):
         matrix = functools.partial(make_matrix, layout=self.layout, dtype=self.dtype)
         widths = fused_widths(cfg)["self_attn"]
         if self.layout.fused:
-            q, k, v = split_columns(matrix(sum(widths), name="qkv_proj")(x), widths)
+            joint = matrix(sum(widths), name="qkv_proj")(x)
+            q, k, v = split_columns(joint, widths, self.layout.shards)
         else:
             names = ("q_proj", "k_proj", "v_proj")
             q, k, v = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))
@@ -79,7 +81,8 @@ class Mlp(nn.Module):
         matrix = functools.partial(make_matrix, layout=self.layout, dtype=self.dtype)
         widths = fused_widths(self.config)["mlp"]
         if self.layout.fused:
-            gate, up = split_columns(matrix(sum(widths), name="gate_up_proj")(x), widths)
+            joint = matrix(sum(widths), name="gate_up_proj")(x)
+            gate, up = split_columns(joint, widths, self.layout.shards)
         else:
             names = ("gate_proj", "up_proj")
             gate, up = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))
@@ -165,8 +168,8 @@ class Llama(nn.Module):
             name="layers",
             stacked=self.layout.stacked,
             block_args={"config": cfg, "layout": self.layout, "dtype": self.dtype},
-            x=embeds.astype(self.dtype),
+            x=constrain(embeds.astype(self.dtype)),
             caches=caches,
             args=(positions, mask),
         )
-        return self.norm(x), caches, states
+        return constrain(self.norm(x)), caches, states

@@ -33,10 +33,15 @@ LAYOUTS = {
     "train": TRAIN,
     "decode": DECODE,
     "stacked and fused": Layout(stacked=True, fused=True, int8=False),
+    "two shards": dataclasses.replace(DECODE, shards=2),
     "int8": DECODE_INT8,
 }
 FLOATS = [name for name in LAYOUTS if name != "int8"]
-PAIRS = list(itertools.permutations(LAYOUTS, 2))
+PAIRS = [
+    pair
+    for pair in itertools.permutations(LAYOUTS, 2)
+    if set(pair) != {"decode", "two shards"}  # the same names and shapes
+]
 
 
 MULTIPLIED = ("self_attn/qkv_proj", "self_attn/o_proj", "mlp/gate_up_proj", "mlp/down_proj")
@@ -101,6 +106,33 @@ def test_stacks_and_fusions_have_the_shapes_the_modules_ask_for(
     assert set(layer["self_attn"]) == {"qkv_proj", "o_proj"}
     assert layer["self_attn"]["qkv_proj"]["kernel"].shape == (llama.width, queries + 2 * keys)
     assert set(layer["mlp"]) == {"gate_up_proj", "down_proj"}
+
+
+def test_every_shard_of_a_fused_kernel_has_its_heads_of_q_k_and_v(
+    disk_params: Any, any_config: ModelConfig
+) -> None:
+    before = disk_params["llama"]["layers"]["1"]
+    after = convert(disk_params, "disk", "two shards", any_config)["llama"]["layers"]["1"]
+    for part, joint, names in (
+        ("self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("mlp", "gate_up_proj", ("gate_proj", "up_proj")),
+    ):
+        halves = [np.split(before[part][name]["kernel"], 2, axis=1) for name in names]
+        expected = [half[t] for t in (0, 1) for half in halves]
+        np.testing.assert_array_equal(
+            after[part][joint]["kernel"], np.concatenate(expected, axis=1)
+        )
+
+
+def test_columns_that_the_shards_do_not_divide_are_refused(
+    disk_params: Any, any_config: ModelConfig
+) -> None:
+    with pytest.raises(ValueError, match="32 columns cannot be cut into 3 shards"):
+        convert_layout(
+            disk_params, DISK, dataclasses.replace(DECODE, shards=3), llama=any_config.llama
+        )
+    with pytest.raises(ValueError, match=r"shards is 2 in .*expected 1, or more where fused"):
+        dataclasses.replace(DISK, shards=2)
 
 
 def test_a_part_of_a_tree_converts_like_the_whole(

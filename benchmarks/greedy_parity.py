@@ -38,9 +38,9 @@ from minigpt4_jax.api import load_frozen
 from minigpt4_jax.data.prompts import CHATML, Turn, conversation_pieces, encode_prompt
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import GREEDY
+from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.models.attention import make_causal_mask
-from minigpt4_jax.models.layout import DISK
+from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
 
@@ -117,17 +117,11 @@ def answer_ours(
     engine: Engine, prompts: Sequence[Ids], *, max_new_tokens: int, stops: Ids
 ) -> list[Ids]:
     """Ids of every answer, the stop token included."""
-    answers: list[Ids] = []
-    for start in range(0, len(prompts), SLOTS):
-        group = prompts[start : start + SLOTS]
-        answers += engine.generate(
-            group,
-            [None] * len(group),
-            max_new_tokens=max_new_tokens,
-            stop_tokens=stops,
-            sampling=GREEDY,
-        )
-    return answers
+    requests = [
+        Request(prompt=prompt, max_new_tokens=max_new_tokens, stop_tokens=stops)
+        for prompt in prompts
+    ]
+    return [generation.ids for generation in engine.generate(requests)]
 
 
 def our_logits(params: Params) -> Logits:
@@ -234,7 +228,14 @@ def main() -> None:
     params, tokenizer = load_ours()
     prompts, stops = read_prompts(tokenizer), stop_ids(tokenizer)
     settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "stops": stops}
-    engine = Engine(params, PRESET.model, dtype=jnp.float32, context=CONTEXT)
+    fused = convert_layout(params, DISK, DECODE, llama=PRESET.model.llama)
+    engine = Engine(
+        jax.tree.map(jnp.asarray, fused),
+        PRESET.model,
+        dtype=jnp.float32,
+        context=CONTEXT,
+        num_slots=SLOTS,
+    )
     answers = answer_ours(engine, prompts, **settings)
     require_whole(answers, **settings)
     print(f"{time.perf_counter() - start:.0f} s: {len(prompts)} answers", flush=True)

@@ -23,12 +23,12 @@ from benchmarks import greedy_parity
 from convert.fetch import cache_folder, fetch_member
 from convert.smol import LANGUAGE, prepare_smol
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
-from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.model_folder import ModelFolder
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
+from tests.engines import make_engine
 
 CONFIG = get_preset("smol").model
 TOLERANCE = 1e-4
@@ -141,7 +141,7 @@ def test_greedy_text_of_ten_prompts_equals_transformers(
     """Equal tokens until the first difference, and there each side's token is in the other's top 5."""
     every = greedy_parity.read_prompts(tokenizer)
     prompts = [every[number] for number in PROMPTS]
-    engine = Engine(params, CONFIG, dtype=jnp.float32, context=256)
+    engine = make_engine(params, CONFIG, context=256, num_slots=4)
     settings: Any = {"max_new_tokens": NEW_TOKENS, "stops": greedy_parity.stop_ids(tokenizer)}
     answers = greedy_parity.answer_ours(engine, prompts, **settings)
     greedy_parity.require_whole(answers, **settings)

@@ -444,8 +444,10 @@ class Engine:
     def _finish(self, generation: Generation, reason: FinishReason) -> None:
         generation.finish_reason = reason
         if generation.slot >= 0:
+            # Before its first token was read nobody knows whether the prompt gave numbers or NaN.
             images = tuple(generation.request.image_embeds)
-            self._residents[generation.slot] = Resident(generation.history(), images)
+            kept = Resident(generation.history(), images) if generation.ids else Resident()
+            self._residents[generation.slot] = kept
             self._slots[generation.slot] = None
             generation.slot = -1
 

@@ -49,9 +49,10 @@ class LayerCache:
             )
         rows = jnp.arange(k.shape[0])
         places = positions[:, 0]
+        k, v = without_nan(k[:, 0]), without_nan(v[:, 0])
         return LayerCache(
-            k=self.k.at[rows, :, places].set(k[:, 0].astype(self.k.dtype)),
-            v=self.v.at[rows, :, places].set(v[:, 0].astype(self.v.dtype)),
+            k=self.k.at[rows, :, places].set(k.astype(self.k.dtype)),
+            v=self.v.at[rows, :, places].set(v.astype(self.v.dtype)),
         )
 
     def read(
@@ -60,6 +61,12 @@ class LayerCache:
         """Keys and values of the first `rows` rows at the first `length` places, in the order that `attend` takes."""
         k, v = self.k[:rows, :, :length], self.v[:rows, :, :length]
         return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def without_nan(x: Array) -> Array:
+    """Zero where `x` is NaN or infinite, as nothing that outlives a request may be: to attention a masked place has the
+    weight 0, and 0 times NaN is NaN, so that the next request in the row would be answered with NaN too."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
 KVCache = tuple[LayerCache, ...]

@@ -38,7 +38,7 @@ from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
 from minigpt4_jax.presets import PRESETS
 
-VOCAB, CONTEXT, SLOTS, MOST = 48, 128, 4, 10
+VOCAB, CONTEXT, SLOTS, MOST = 48, 96, 4, 10
 """`MOST`: tokens of the longest answer that the machine asks for."""
 SAMPLINGS = [
     GREEDY,
@@ -60,17 +60,17 @@ class FaultyPrograms(Programs):
     armed: str | None = None
     """The kind. It fails after it ran: what was donated is gone, as after a fault of the device."""
 
-    def get(self, name: str, key: tuple[int, ...], compile_it: Callable[[], Program]) -> Any:
+    def get(self, name: str, key: tuple[int, ...], compile_it: Callable[[], Program]) -> Program:
         program = super().get(name, key, compile_it)
         if name != self.armed:
             return program
 
-        def fail(*args: Any) -> Any:
-            program(*args)
+        def run_and_fail(*leaves: Any) -> None:
+            program.compiled(*leaves)
             self.armed = None
             raise PlantedFault(name)
 
-        return fail
+        return dataclasses.replace(program, compiled=run_and_fail)
 
 
 class World:
@@ -296,8 +296,8 @@ def test_no_order_of_requests_and_faults_leaks_a_slot_or_mixes_tokens(world: Wor
     run_state_machine_as_test(
         type("Machine", (EngineMachine,), {"world": world}),
         settings=settings(
-            max_examples=60,
-            stateful_step_count=25,
+            max_examples=30,
+            stateful_step_count=20,
             deadline=None,
             derandomize=True,
             database=None,
@@ -353,9 +353,9 @@ def test_a_greedy_answer_of_the_idle_engine_is_what_the_full_model_says(world: W
 
 
 def test_an_answer_alone_is_the_answer_among_63_others(world: World) -> None:
-    """Greedy and drawn, by eight seeds for each of eight prompts."""
+    """Greedy, drawn and penalised, by sixteen seeds for each of four prompts."""
     engine = world.make_engine(num_slots=64)
-    handles = [engine.submit(request, count=8) for request in requests_of_all_kinds(world, 8)]
+    handles = [engine.submit(request, count=16) for request in requests_of_all_kinds(world, 4)]
     together = 0
     while engine.busy:
         engine.step()
@@ -364,9 +364,8 @@ def test_an_answer_alone_is_the_answer_among_63_others(world: World) -> None:
     for prompt, answers in enumerate(handles):
         for generation in answers:
             assert generation.ids == world.alone(prompt, generation.request.sampling)
-    drawn = {tuple(each.ids) for each in handles[1]}
-    assert len(drawn) == 8
-    assert engine.counters.decode_steps < 3 * MOST, "a step serves all slots"
+    assert len({tuple(each.ids) for each in handles[1]}) == 16
+    assert engine.counters.decode_steps < 2 * MOST, "a step serves all slots"
 
 
 def test_two_requests_in_one_batch_stop_at_their_own_tokens(world: World) -> None:
@@ -426,14 +425,20 @@ def test_answers_to_one_prompt_draw_by_seeds_of_their_own_and_read_it_once(world
 
 
 def test_what_a_request_of_nan_leaves_behind_reaches_nobody(world: World) -> None:
-    """In one slot, so that the next request lives where NaN was written: masked places must not count."""
-    engine = world.make_engine(num_slots=1)
+    """The next request lives in the slot where NaN was written, behind its own places: what is masked must not count.
+    And the same picture of NaN gives NaN again: nothing of it is taken for a prompt that was read."""
+    engine = world.make_engine()
     ids, pictures = world.broken_prompt
-    for prompt in range(len(world.prompts)):
-        (broken,) = engine.submit(Request(prompt=ids, image_embeds=pictures, max_new_tokens=MOST))
+    for prompt in (1, 2, 4):
+        for _ in range(2):
+            (broken,) = engine.submit(
+                Request(prompt=ids, image_embeds=pictures, max_new_tokens=MOST)
+            )
+            while engine.busy:
+                engine.step()
+            assert (broken.finish_reason, broken.ids) == ("error", [])
         clean_ids, clean = world.prompts[prompt]
         (after,) = engine.submit(Request(prompt=clean_ids, image_embeds=clean, max_new_tokens=MOST))
         while engine.busy:
             engine.step()
-        assert (broken.finish_reason, broken.ids) == ("error", [])
         assert (after.finish_reason, after.ids) == ("length", world.alone(prompt, GREEDY))

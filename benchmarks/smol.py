@@ -33,12 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.projection import read_projection
-from minigpt4_jax.api import load_frozen, shipped_projection
 from minigpt4_jax.config import OptimizerConfig
 from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.sampling import GREEDY
+from minigpt4_jax.loading import load_frozen, shipped_projection
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import apply_method, make_model
 from minigpt4_jax.presets import get_preset

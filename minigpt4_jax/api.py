@@ -6,7 +6,8 @@
     chat.add_image("examples/coffee.jpg")
     print(chat.ask("What is this?"))
 
-Not for: arguments and printing (`cli.py`), HTTP (`serving/`), or the device loop (`generation/engine.py`).
+Not for: arguments and printing (`cli.py`), HTTP (`serving/`), finding and reading weights (`loading.py`), or the
+device loop (`generation/engine.py`).
 Differs from the original, whose only interface is a Gradio page: a `Chat` keeps its own history, so one loaded model
 serves any number of them.
 """
@@ -15,27 +16,26 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from minigpt4_jax import loading
 from minigpt4_jax.config import UserError
 from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.data.images import load_image, preprocess
 from minigpt4_jax.data.prompts import get_template
-from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
+from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.generation.sampling import Sampling
-from minigpt4_jax.model_folder import ModelFolder, find_preset, open_folder
-from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
-from minigpt4_jax.models.minigpt4 import Params, abstract_params
-from minigpt4_jax.presets import MAX_SEED, PRESETS, GenerationConfig, Preset
+from minigpt4_jax.model_folder import find_preset
+from minigpt4_jax.models.layout import DECODE
+from minigpt4_jax.models.minigpt4 import Params
+from minigpt4_jax.presets import MAX_SEED, GenerationConfig, Preset
 
 __all__ = ["Chat", "GenerationConfig", "MiniGPT4"]
 
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Picture = str | Path | bytes | Image.Image
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, parts done, parts in all)."""
 
 
 class MiniGPT4:
@@ -57,9 +54,7 @@ class MiniGPT4:
         self.preset = preset
         self.tokenizer = tokenizer
         self.context = context
-        decode = convert_layout(params, DISK, DECODE, llama=preset.model.llama)
-        decode = jax.tree.map(jnp.asarray, decode)
-        self._engine = Engine(decode, preset.model, dtype=dtype, context=context, num_slots=8)
+        self._engine = Engine(params, preset.model, dtype=dtype, context=context, num_slots=8)
 
     @classmethod
     def load(
@@ -69,7 +64,7 @@ class MiniGPT4:
         projection: str | Path | None = None,
         dtype: str = "auto",
         context: int = 1024,
-        progress: Progress | None = None,
+        progress: loading.Progress | None = None,
     ) -> MiniGPT4:
         """Loads a model. The first `load("smol")` fetches and converts its frozen parts into the cache.
 
@@ -85,11 +80,10 @@ class MiniGPT4:
             UserError: no such model, a download that failed, a damaged folder, a projection of another model.
         """
         preset = find_preset(name)
-        storage = pick_dtype(dtype)
-        # Before minutes of fetching and loading: the wrong file is said at once.
-        llama_proj = _load_projection(name, projection, preset)
-        params, tokenizer = load_frozen(name, dtype=storage, progress=progress)
-        params["llama_proj"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, storage), llama_proj)
+        storage = loading.pick_dtype(dtype)
+        params, tokenizer = loading.load_decode_params(
+            name, dtype=storage, layout=DECODE, projection=projection, progress=progress
+        )
         return cls(preset, params, tokenizer, dtype=storage, context=context)
 
     def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
@@ -295,89 +289,3 @@ def _request(
             seed=seed,
         ),
     )
-
-
-def pick_dtype(name: str) -> Any:
-    """`auto` is bfloat16 on an accelerator and float32 on a CPU, where XLA emulates bfloat16."""
-    if name not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"dtype is {name!r}; expected one of auto, float32, bfloat16.")
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def shipped_projection(name: str) -> Path:
-    """The projection that comes with the package. Raises `UserError` where there is none."""
-    path = Path(__file__).parent / "assets" / f"{name}_projection.safetensors"
-    if not path.is_file():
-        raise UserError(
-            f"The package ships no projection for {name!r}. For a published model convert its weights (`python -m "
-            f"convert {name} --help`) and give the folder; otherwise train a projection (train.py) and pass its file."
-        )
-    return path
-
-
-def _load_projection(name: str, projection: str | Path | None, preset: Preset) -> Params:
-    """`llama_proj`: from a file, from the model folder, or the one that is shipped for a preset."""
-    from convert.projection import read_projection
-
-    if projection is not None or name in PRESETS:
-        path = Path(projection) if projection is not None else shipped_projection(name)
-        return read_projection(path, preset.model)[0]
-    folder = open_folder(name)
-    if "llama_proj/kernel" not in folder.names():
-        raise UserError(
-            f"The model folder {name} holds no projection. Train one (train.py) and pass its file."
-        )
-    part: Params = folder.load({"llama_proj": abstract_params(preset.model)["llama_proj"]})
-    llama_proj: Params = part["llama_proj"]
-    return llama_proj
-
-
-def load_frozen(
-    name: str, *, dtype: Any = None, progress: Progress | None = None
-) -> tuple[Params, Tokenizer]:
-    """The frozen parts (all but `llama_proj`; `DISK` layout) and the tokenizer of a model, as `MiniGPT4.load` takes it.
-
-    Args:
-        dtype: of the arrays; None: as they are stored, which is float32 for `smol`.
-
-    Raises:
-        UserError: the preset has no weights that can be fetched, fetching or converting them failed, or the folder is
-            damaged.
-    """
-    if name in PRESETS and name != "smol":
-        raise UserError(
-            f"There are no weights to fetch for the preset {name!r}: convert the published ones (`python -m convert "
-            f"{name} --help`) and give the folder."
-        )
-    folder = _folder_of(name, progress=progress)
-    abstract = abstract_params(folder.preset.model)
-    frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
-    try:
-        folder.require_whole()
-        tokenizer = load_tokenizer(folder.path)
-        return folder.load(frozen, dtype=dtype), tokenizer
-    except UserError as error:
-        if name != "smol":
-            raise
-        raise UserError(
-            f"{error}\nThese files were made from the fetched ones. Remove the folder {folder.path} and run the "
-            "command again: it is made anew."
-        ) from error
-
-
-def frozen_parts(name: str) -> dict[str, str]:
-    """Which files the frozen parts of a model came from: part -> SHA-256. Empty for a preset with random weights."""
-    if name in PRESETS and name != "smol":
-        return {}
-    sums = _folder_of(name).fingerprints()
-    return {part: digest for part, digest in sums.items() if part != "llama_proj"}
-
-
-def _folder_of(name: str, *, progress: Progress | None = None) -> ModelFolder:
-    if name == "smol":
-        from convert.smol import prepare_smol
-
-        return ModelFolder(prepare_smol(progress))
-    return open_folder(name)

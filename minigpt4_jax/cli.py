@@ -1,6 +1,6 @@
 """What a person types: `minigpt4 chat | train | convert`. Arguments, printing and process-wide settings.
 
-Not for: logic worth testing without a terminal; that is in `api.py` and `training/`.
+Not for: logic worth testing without a terminal; that is in `api.py`, `loading.py` and `training/`.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _train(args: argparse.Namespace) -> int:
     _set_up_jax()
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
-    from minigpt4_jax.api import load_frozen
+    from minigpt4_jax.loading import load_frozen
     from minigpt4_jax.model_folder import find_preset
     from minigpt4_jax.training.loop import train
 
@@ -279,7 +279,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _save_projection(config: TrainConfig, path: Path, projection: Projection) -> None:
     from convert.projection import ProjectionInfo, write_projection
-    from minigpt4_jax.api import frozen_parts
+    from minigpt4_jax.loading import frozen_parts
     from minigpt4_jax.model_folder import find_preset
 
     info = ProjectionInfo(

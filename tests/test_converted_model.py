@@ -19,8 +19,8 @@ from PIL import Image
 from convert import __main__ as convert
 from convert.projection import read_projection
 from minigpt4_jax import GenerationConfig, MiniGPT4, cli
-from minigpt4_jax.api import frozen_parts
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.loading import frozen_parts
 from minigpt4_jax.model_folder import ModelFolder
 from tests import published_files as published
 

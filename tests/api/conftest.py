@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from convert.projection import ProjectionInfo, write_projection
-from minigpt4_jax import MiniGPT4, api
+from minigpt4_jax import MiniGPT4, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from tests.api.tiny import CONTEXT, Recorder, make_frozen
@@ -40,7 +40,7 @@ def projection_file(
 def model(tiny_params: Any, tokenizer: Tokenizer, projection_file: Path) -> MiniGPT4:
     with pytest.MonkeyPatch.context() as patch:
         frozen = make_frozen(tiny_params, tokenizer)
-        patch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
+        patch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
         return MiniGPT4.load("tiny", projection=projection_file, context=CONTEXT, dtype="float32")
 
 

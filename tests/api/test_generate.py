@@ -7,12 +7,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.projection import ProjectionInfo, write_projection
-from minigpt4_jax import GenerationConfig, MiniGPT4, UserError, api
+from minigpt4_jax import GenerationConfig, MiniGPT4, UserError, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import Tokenizer
 from tests.api.tiny import CONTEXT, PRINTABLE, SHORT, Recorder, make_frozen, start
@@ -135,11 +134,6 @@ def test_only_the_published_templates_have_a_bos_that_counts_as_written(
     assert written == [(), (), (bos,), (bos,)]
 
 
-def test_auto_is_float32_where_bfloat16_would_be_emulated() -> None:
-    assert api.pick_dtype("float32") == api.pick_dtype("auto") == jnp.float32
-    assert api.pick_dtype("bfloat16") == jnp.bfloat16
-
-
 def test_loading_says_what_is_wrong(
     tiny_params: Any, tokenizer: Tokenizer, projection_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +144,7 @@ def test_loading_says_what_is_wrong(
     with pytest.raises(UserError, match="no weights to fetch for the preset 'tiny'"):
         MiniGPT4.load("tiny", projection=projection_file)
     frozen = make_frozen(tiny_params, tokenizer)
-    monkeypatch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
+    monkeypatch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
     with pytest.raises(UserError, match="ships no projection for 'tiny'"):
         MiniGPT4.load("tiny")
     with pytest.raises(UserError, match="context is 1024; expected at most 256"):
@@ -163,7 +157,7 @@ def test_a_projection_of_another_model_is_refused(
     tmp_path: Path, tiny_params: Any, tokenizer: Tokenizer, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     frozen = make_frozen(tiny_params, tokenizer)
-    monkeypatch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
+    monkeypatch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
     other = dataclasses.replace(tiny_config, patches_per_token=2)
     path = tmp_path / "other.safetensors"
     shape = (other.projection_in, other.llama.width)

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from convert.projection import ProjectionInfo, write_projection
-from minigpt4_jax import Chat, GenerationConfig, MiniGPT4, api, cli
+from minigpt4_jax import Chat, GenerationConfig, MiniGPT4, cli, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 
@@ -34,7 +34,7 @@ def tiny_weights(tiny_params: Any, cache: Path, monkeypatch: pytest.MonkeyPatch)
     embedding[np.setdiff1d(np.arange(len(embedding)), printable)] = 0
     llama = {**tiny_params["llama"], "embed_tokens": {"embedding": embedding}}
     frozen = {"vit": tiny_params["vit"], "ln_vision": tiny_params["ln_vision"], "llama": llama}
-    monkeypatch.setattr(api, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
+    monkeypatch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
     monkeypatch.setenv("MINIGPT4_CACHE", str(cache))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minigpt4_jax import MiniGPT4, api, cli
+from minigpt4_jax import MiniGPT4, cli, loading
 from tests.cli.messages import assert_one_message
 
 SHIPPED = Path(cli.__file__).parent / "assets" / "smol_projection.safetensors"
@@ -34,7 +34,7 @@ def test_a_bad_picture_is_said_before_anything_is_loaded(
 def test_a_wrong_projection_is_said_before_the_frozen_parts_are_loaded(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(api, "load_frozen", must_not_load)
+    monkeypatch.setattr(loading, "load_frozen", must_not_load)
     wrong = ["--model", "tiny", "--projection", str(SHIPPED)]
     assert_one_message(["chat", str(picture), "Hi", *wrong], "projects 6144 -> 576", capsys)
 

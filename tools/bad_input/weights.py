@@ -22,7 +22,7 @@ def tiny_model() -> None:
     """The commands find frozen parts of zeros: what they do with bad input does not depend on the numbers."""
     import jax
 
-    from minigpt4_jax import api
+    from minigpt4_jax import loading
     from minigpt4_jax.data.tokenizer import byte_tokenizer
     from minigpt4_jax.models.minigpt4 import abstract_params
     from minigpt4_jax.presets import get_preset
@@ -30,7 +30,7 @@ def tiny_model() -> None:
     abstract = abstract_params(get_preset("tiny").model)
     frozen = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     frozen.pop("llama_proj")
-    api.load_frozen = lambda name, **_: (dict(frozen), byte_tokenizer())
+    loading.load_frozen = lambda name, **_: (dict(frozen), byte_tokenizer())
 
 
 def projection(width: int, *, flipped: bool = False) -> Callable[[], None]:

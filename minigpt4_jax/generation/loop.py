@@ -307,8 +307,11 @@ class Loop:
     def _finish(self, generation: Generation, reason: FinishReason) -> None:
         generation.finish_reason = reason
         if generation.slot >= 0:
-            held = Resident(generation.history(), tuple(generation.request.image_embeds))
-            self._residents[generation.slot] = held if reason != "error" else Resident()
+            # Before its first token was read nobody knows whether the prompt gave numbers or NaN.
+            known = generation.ids and reason != "error"
+            images = tuple(generation.request.image_embeds)
+            held = Resident(generation.history(), images) if known else Resident()
+            self._residents[generation.slot] = held
             self._slots[generation.slot] = None
             generation.slot = -1
 

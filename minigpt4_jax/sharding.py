@@ -178,7 +178,9 @@ def constrain(x: jax.Array) -> jax.Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * (x.ndim - 1), None))
+    spec = P(*[P.UNCONSTRAINED] * (x.ndim - 1), None)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
 
 
 def match_rule(path: str) -> list[str]:

@@ -14,13 +14,12 @@ serves any number of them.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -31,8 +30,10 @@ from minigpt4_jax.data.images import load_image, preprocess
 from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import Sampling, make_sampling
+from minigpt4_jax.generation.requests import Request
+from minigpt4_jax.generation.sampling import Sampling
 from minigpt4_jax.model_folder import find_preset
+from minigpt4_jax.models.layout import DECODE
 from minigpt4_jax.models.minigpt4 import Params
 from minigpt4_jax.presets import MAX_SEED, GenerationConfig, Preset
 
@@ -53,7 +54,7 @@ class MiniGPT4:
         self.preset = preset
         self.tokenizer = tokenizer
         self.context = context
-        self._engine = Engine(params, preset.model, dtype=dtype, context=context)
+        self._engine = Engine(params, preset.model, dtype=dtype, context=context, num_slots=8)
 
     @classmethod
     def load(
@@ -80,10 +81,9 @@ class MiniGPT4:
         """
         preset = find_preset(name)
         storage = loading.pick_dtype(dtype)
-        # Before minutes of fetching and loading: the wrong file is said at once.
-        llama_proj = loading.load_projection(name, projection, preset=preset)
-        params, tokenizer = loading.load_frozen(name, dtype=storage, progress=progress)
-        params["llama_proj"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, storage), llama_proj)
+        params, tokenizer = loading.load_decode_params(
+            name, dtype=storage, layout=DECODE, projection=projection, progress=progress
+        )
         return cls(preset, params, tokenizer, dtype=storage, context=context)
 
     def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
@@ -102,7 +102,7 @@ class MiniGPT4:
             )
             for picture in pictures
         ]
-        return self._engine.encode_images(np.stack(pixels))
+        return np.stack(self._engine.encode_images(np.stack(pixels))).astype(np.float32)
 
     def generate(
         self,
@@ -135,14 +135,11 @@ class MiniGPT4:
         if config.num_beams > 1:
             answers = self._search(prompts, shown, first, config, config.max_new_tokens)
         else:
-            answers = self._engine.generate(
-                prompts,
-                shown,
-                max_new_tokens=config.max_new_tokens,
-                stop_tokens=first.stop_ids,
-                sampling=_sampling(config, [pick_seed(config) for _ in questions]),
-                written=first.written_ids,
-            )
+            requests = [
+                _request(prompt, [rows], first, config, seed=pick_seed(config))
+                for prompt, rows in zip(prompts, shown, strict=True)
+            ]
+            answers = [generation.ids for generation in self._engine.generate(requests)]
         return [
             chat.add_answer(_read(chat, ids), ids) for chat, ids in zip(chats, answers, strict=True)
         ]
@@ -159,15 +156,14 @@ class MiniGPT4:
 
         As in the original a stop string ends no beam: the text behind it is cut off afterwards.
         """
+        limited = dataclasses.replace(config, max_new_tokens=max_new_tokens)
         found = self._engine.beam_search(
-            prompts,
-            image_embeds,
+            [
+                _request(prompt, [] if rows is None else [rows], chat, limited, seed=0)
+                for prompt, rows in zip(prompts, image_embeds, strict=True)
+            ],
             num_beams=config.num_beams,
             length_penalty=config.length_penalty,
-            repetition_penalty=config.repetition_penalty,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=chat.stop_ids,
-            written=chat.written_ids,
         )
         return [hypotheses[0].ids for hypotheses in found]
 
@@ -249,13 +245,9 @@ class Chat:
             (ids,) = self._model._search([prompt], [shown], chat, config, limit)
             yield from ids
             return
+        limited = dataclasses.replace(config, max_new_tokens=limit)
         yield from self._model._engine.stream(
-            prompt,
-            shown,
-            max_new_tokens=limit,
-            stop_tokens=chat.stop_ids,
-            sampling=_sampling(config, [self.seed]),
-            written=chat.written_ids,
+            _request(prompt, chat.pictures, chat, limited, seed=self.seed)
         )
 
 
@@ -274,11 +266,26 @@ def pick_seed(generation: GenerationConfig) -> int:
     return secrets.randbelow(MAX_SEED + 1) if generation.seed is None else generation.seed
 
 
-def _sampling(generation: GenerationConfig, seeds: Sequence[int]) -> Sampling:
-    return make_sampling(
-        repetition_penalty=generation.repetition_penalty,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        seeds=seeds,
+def _request(
+    prompt: Sequence[int],
+    image_embeds: Sequence[Any],
+    chat: Conversation[Any],
+    generation: GenerationConfig,
+    *,
+    seed: int,
+) -> Request:
+    """`chat` says what ends an answer and what counts as written."""
+    return Request(
+        prompt=prompt,
+        image_embeds=image_embeds,
+        max_new_tokens=generation.max_new_tokens,
+        stop_tokens=chat.stop_ids,
+        written=chat.written_ids,
+        sampling=Sampling(
+            repetition_penalty=generation.repetition_penalty,
+            temperature=generation.temperature,
+            top_k=generation.top_k,
+            top_p=generation.top_p,
+            seed=seed,
+        ),
     )

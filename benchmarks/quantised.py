@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt4_jax.api import load_frozen
 from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.loading import load_frozen
 from minigpt4_jax.models.attention import make_cache_mask
 from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DECODE, DECODE_INT8, DISK, Layout, convert_layout

@@ -276,6 +276,12 @@ def move_row(state: SlotState, source: Int[Array, ""], target: Int[Array, ""]) -
     return dataclasses.replace(moved, active=moved.active.at[source].set(False))
 
 
+def clear_row(state: SlotState, slot: Int[Array, ""]) -> SlotState:
+    """Zeros the cache of one slot. Donate `state`."""
+    caches = jax.tree.map(lambda leaf: leaf.at[slot].set(0), state.caches)
+    return dataclasses.replace(state, caches=caches)
+
+
 def _read(
     params: Params,
     caches: KVCache,

@@ -25,6 +25,7 @@ from minigpt4_jax.generation.decode import (
     Prefix,
     Settings,
     SlotState,
+    clear_row,
     decode_step,
     extend,
     init_state,
@@ -268,6 +269,15 @@ class Runner:
     def _move_program(self, state: SlotState) -> Program:
         return self._program("move", (), move_row, (state, _ZERO, _ZERO), donate=(0,))
 
+    def clear(self, state: SlotState, slot: int) -> SlotState:
+        """Empties the cache of a slot; takes the state away. NaN in it would reach the next request: what is masked
+        still counts as zero times its value."""
+        cleared: SlotState = self._clear_program(state)(state, np.int32(slot))
+        return cleared
+
+    def _clear_program(self, state: SlotState) -> Program:
+        return self._program("clear", (), clear_row, (state, _ZERO), donate=(0,))
+
     # --- pictures ---
 
     def encode_images(
@@ -368,6 +378,7 @@ class Runner:
 
         return [
             functools.partial(self._move_program, state),
+            functools.partial(self._clear_program, state),
             *(functools.partial(self._decode_program, state, key) for key in decodes),
             *(functools.partial(read, key) for key in prompts),
             *(functools.partial(self._extend_program, state, key) for key in extends),

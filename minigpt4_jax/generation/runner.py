@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -44,7 +44,7 @@ from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.generation.score import score_rows
 from minigpt4_jax.models.layout import Layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
-from minigpt4_jax.sharding import cache_sharding
+from minigpt4_jax.sharding import cache_sharding, replicated
 
 READ_TOGETHER = (1, 2, 4)
 """How many prompts of one size are read at once."""
@@ -99,7 +99,7 @@ class Runner:
             self._everywhere = self._cache_sharding = SingleDeviceSharding(device)
         else:
             heads = config.llama.num_kv_heads
-            self._everywhere = NamedSharding(mesh, PartitionSpec())
+            self._everywhere = replicated(mesh)
             self._cache_sharding = cache_sharding(mesh, num_kv_heads=heads)
 
     def make_state(self) -> SlotState:

@@ -79,9 +79,9 @@ class Loop:
         With a seed, answer `i` draws by `seed + i`.
 
         Raises:
-            ValueError: prompt and answer together exceed the context.
+            ValueError: prompt and answer together exceed the context, or an id is not in the vocabulary.
         """
-        self._require_room(request)
+        self._check(request)
         shared = SharedPrompt(waiting=count)
         found = [
             Generation(request=request.with_seed_plus(number), shared=shared)
@@ -90,7 +90,16 @@ class Loop:
         self._waiting.extend(found)
         return found
 
-    def _require_room(self, request: Request) -> None:
+    def _check(self, request: Request) -> None:
+        """What would fail later, in the middle of others' answers, fails here."""
+        ids = (*request.prompt, *request.stop_tokens, *request.written)
+        ids += tuple(token for token, _ in request.sampling.logit_bias)
+        vocab = self._runner.config.llama.vocab_size
+        strange = sorted({token for token in ids if not -1 <= token < vocab})
+        if strange:
+            raise ValueError(
+                f"The request holds the ids {strange[:5]}; expected 0 to {vocab - 1}, those of the vocabulary."
+            )
         if len(request.prompt) + request.max_new_tokens > self.context:
             raise ValueError(
                 f"The prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for; "

@@ -131,18 +131,20 @@ class Loop:
         A fault of the device ends every request in flight with `finish_reason` "error", and the slots are made anew;
         what waits goes on waiting.
         """
+        changed: dict[int, Generation] = {}
         try:
             self._admit()
             dispatched = self._dispatch()
-            return self._collect(leave=1 if dispatched else 0)
+            self._collect(changed, leave=1 if dispatched else 0)
         # Whatever the device raises: the state was donated and is lost, and the engine goes on with a new one.
         except Exception as error:
             self.counters.faults += 1
-            return self._abandon("error", error)
+            changed |= {id(generation): generation for generation in self._abandon("error", error)}
         # Ctrl-C inside a dispatch: the old state was donated, and the new one has no name yet.
         except BaseException:
             self._abandon("cancelled", None)
             raise
+        return list(changed.values())
 
     # --- letting requests in ---
 
@@ -279,9 +281,8 @@ class Loop:
             leaf.copy_to_host_async()
         self._pending.append(Pending(chosen, generations))
 
-    def _collect(self, *, leave: int) -> list[Generation]:
-        """Reads all but the newest `leave` of what was dispatched."""
-        changed: dict[int, Generation] = {}
+    def _collect(self, changed: dict[int, Generation], *, leave: int) -> None:
+        """Reads all but the newest `leave` of what was dispatched; adds to `changed`, also where a reading fails."""
         while len(self._pending) > leave:
             pending = self._pending.popleft()
             chosen: Chosen = jax.device_get(pending.chosen)
@@ -289,7 +290,6 @@ class Loop:
                 if not generation.finished and chosen.token[row] >= 0:
                     self._take(generation, chosen, row)
                     changed[id(generation)] = generation
-        return list(changed.values())
 
     def _take(self, generation: Generation, chosen: Chosen, row: int) -> None:
         if not chosen.finite[row]:

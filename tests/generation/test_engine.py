@@ -16,8 +16,8 @@ from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.programs import Ladder
 from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.generation.sampling import GREEDY, Sampling
-from minigpt4_jax.models.layout import DISK
-from minigpt4_jax.models.minigpt4 import make_model
+from minigpt4_jax.models.layout import DECODE_INT8, DISK, convert_layout
+from minigpt4_jax.models.minigpt4 import apply_method, make_model
 from tests.engines import answer, answer_all, counted_compiles, make_engine, make_request
 
 CONTEXT = 100
@@ -421,3 +421,67 @@ def test_bfloat16_generates_within_its_precision(
     # Eight bits of mantissa through two layers: the chosen token is among the best few of float32.
     gap = logits.max(-1) - np.take_along_axis(logits, np.asarray(found)[:, None], axis=1)[:, 0]
     assert gap.max() < 0.5
+
+
+# --- int8 ---
+
+
+@pytest.fixture(scope="module")
+def int8_params(tiny_params: Any, tiny_config: ModelConfig) -> Any:
+    params = convert_layout(tiny_params, DISK, DECODE_INT8, llama=tiny_config.llama)
+    return jax.tree.map(jnp.asarray, params)
+
+
+def test_int8_weights_answer_as_the_same_weights_without_a_cache(
+    int8_params: Any, tiny_config: ModelConfig, prompts: Any, answers: list[list[int]]
+) -> None:
+    engine = Engine(
+        int8_params, tiny_config, dtype=jnp.float32, context=CONTEXT, layout=DECODE_INT8
+    )
+    model = make_model(tiny_config, layout=DECODE_INT8, dtype=jnp.float32)
+    kernel = int8_params["llama"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
+    assert kernel.dtype == jnp.int8
+
+    @jax.jit
+    def logits(ids: jax.Array, rows: jax.Array) -> jax.Array:
+        positions = jnp.arange(ids.shape[1])[None]
+        embeds = apply_method(model, int8_params, "embed_prompt", ids, rows)
+        hidden, _, _ = apply_method(
+            model, int8_params, "decode", embeds, positions=positions,
+            mask=positions[:, :, None] >= positions[:, None], caches=None,
+        )  # fmt: skip
+        return apply_method(model, int8_params, "head", hidden)[0]
+
+    found = answer_all(engine, prompts)
+    for (ids, embeds), tokens in zip(prompts, found, strict=True):
+        rows = np.zeros((1, CONTEXT, tiny_config.llama.width), np.float32)
+        rows[0, : len(embeds)] = embeds
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(ids) + len(tokens)] = [*ids, *tokens]
+        whole = np.asarray(logits(padded, rows))[len(ids) - 1 : len(ids) + len(tokens) - 1]
+        assert tokens == whole.argmax(-1).tolist()
+
+
+def test_an_int8_cache_goes_through_every_program_and_is_updated_in_place(
+    tiny_params: Any, tiny_config: ModelConfig, prompts: Any, full_logits: Any
+) -> None:
+    engine = make_engine(
+        tiny_params, tiny_config, context=CONTEXT, num_slots=2, cache_dtype=jnp.int8
+    )
+    leaves = jax.tree.leaves(engine._state.caches)
+    assert {str(leaf.dtype) for leaf in leaves} == {"int8", "float32"}
+    long = ([*range(40)], None)
+    asked = [*prompts, long, ([*long[0], 7, 8], None)]
+    for prompt in asked:
+        (found,) = engine.generate([make_request(prompt, logprobs=True)])
+        ids, embeds = prompt
+        rows = np.zeros((0, 32), np.float32) if embeds is None else embeds
+        whole = full_logits([*ids, *found.ids], rows)[len(ids) - 1 : -1]
+        expected = np.asarray(jax.nn.log_softmax(whole))
+        for row, token, said in zip(expected, found.ids, found.logprobs, strict=True):
+            assert said.chosen == pytest.approx(row[token], abs=0.1)
+    assert engine.counters.extends == 1
+    for name in ("decode", "insert", "extend"):
+        program = engine._runner.programs._found[name, engine._runner.programs.keys(name)[0]]
+        cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._state.caches))
+        assert program.compiled.memory_analysis().alias_size_in_bytes >= cache_bytes

@@ -10,18 +10,24 @@ other, with missing names accepted (`strict=False`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from minigpt4_jax.checkpoint import compare_trees
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
-from minigpt4_jax.model_folder import ModelFolder, open_folder
+from minigpt4_jax.model_folder import ModelFolder, find_preset, open_folder
+from minigpt4_jax.models.layout import DISK, Layout, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
 from minigpt4_jax.presets import PRESETS, Preset
+from minigpt4_jax.sharding import cache_sharding, make_shardings
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, parts done, parts in all)."""
@@ -85,18 +91,130 @@ def load_frozen(
         UserError: the preset has no weights that can be fetched, fetching or converting them failed, or the folder is
             damaged.
     """
+    return _load(
+        name, lambda folder: folder.load(_frozen(folder.preset), dtype=dtype), progress=progress
+    )
+
+
+def load_decode_params(
+    name: str,
+    *,
+    dtype: Any,
+    layout: Layout,
+    projection: str | Path | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[Params, Tokenizer]:
+    """All parameters of a model in the layout that the engine reads, and its tokenizer.
+
+    Each layer is read, cast and brought into `layout` before the next one is read: the devices never hold more than one
+    layer beside the result, so that what fits them as int8 can be loaded as int8.
+
+    Args:
+        name: `smol`, or a model folder, as `MiniGPT4.load` takes it.
+        dtype: of floating-point leaves, before they are brought into `layout`.
+        layout: one that `models.layout.convert_layout` makes from `DISK`.
+        projection: a projection file; None: the folder's or the shipped one.
+        mesh: shards everything by `sharding.RULES`, each device reading its part; None: the first device. `layout` must
+            be cut for it: `shards` is its axis `tensor`.
+        progress: told what is being converted where the model must be made first.
+
+    Raises:
+        UserError: as `load_frozen` and `load_projection`, or the mesh does not divide the model.
+        ValueError: `layout` is cut for another mesh.
+    """
+    shards = 1 if mesh is None else mesh.shape["tensor"]
+    if layout.shards != shards:
+        raise ValueError(
+            f"layout.shards is {layout.shards}; expected {shards}, the mesh's axis tensor."
+        )
+    preset = find_preset(name)
+    if mesh is not None:
+        cache_sharding(mesh, num_kv_heads=preset.model.llama.num_kv_heads)
+    # Before minutes of fetching and loading: the wrong file is said at once.
+    llama_proj = jax.tree.map(
+        lambda leaf: np.asarray(leaf).astype(dtype),
+        load_projection(name, projection, preset=preset),
+    )
+
+    def place(tree: Params) -> Any:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return make_shardings(mesh, tree)
+
+    convert = functools.partial(
+        convert_layout, source=DISK, target=layout, llama=preset.model.llama
+    )
+    # A mesh that does not fit is said at once too.
+    shardings = place(frozen := _frozen(preset))
+    place(jax.eval_shape(convert, frozen))
+    params, tokenizer = _load(
+        name,
+        lambda folder: folder.load(
+            frozen, shardings=shardings, dtype=dtype, transform=_by_layer(convert, place)
+        ),
+        progress=progress,
+    )
+    whole = {"llama_proj": llama_proj}
+    return {**params, **jax.device_put(whole, place(whole))}, tokenizer
+
+
+def _frozen(preset: Preset) -> Params:
+    """The abstract tree of everything but the projection."""
+    return {
+        part: tree for part, tree in abstract_params(preset.model).items() if part != "llama_proj"
+    }
+
+
+def _by_layer(
+    convert: Callable[[Params], Params], place: Callable[[Params], Any]
+) -> Callable[[Params], Params]:
+    """`convert` for one part after the other; `place` says where a tree's leaves lie.
+
+    Compiled once for all layers of a tower: inside, every one of them has the number 0.
+    """
+
+    def transform(part: Params) -> Params:
+        first = _renumbered(part, "0")
+        wanted = jax.eval_shape(convert, first)
+        if not compare_trees(first, wanted):
+            return part  # the layouts agree here: the image tower, norms
+        number = next((key for key in _keys(part) if key.isdigit()), "0")
+        made: Params = jax.jit(convert, out_shardings=place(wanted))(first)
+        return _renumbered(made, number)
+
+    return transform
+
+
+def _renumbered(tree: Params, number: str) -> Params:
+    """The tree with every layer's number replaced."""
+    return {
+        number if key.isdigit() else key: _renumbered(sub, number) if isinstance(sub, dict) else sub
+        for key, sub in tree.items()
+    }
+
+
+def _keys(tree: Params) -> Iterator[str]:
+    for key, sub in tree.items():
+        yield key
+        if isinstance(sub, dict):
+            yield from _keys(sub)
+
+
+def _load(
+    name: str, read: Callable[[ModelFolder], Params], *, progress: Progress | None
+) -> tuple[Params, Tokenizer]:
+    """What `read` makes of a model's folder, and the tokenizer."""
     if name in PRESETS and name != "smol":
         raise UserError(
             f"There are no weights to fetch for the preset {name!r}: convert the published ones (`python -m convert "
             f"{name} --help`) and give the folder."
         )
     folder = _folder_of(name, progress=progress)
-    abstract = abstract_params(folder.preset.model)
-    frozen = {part: tree for part, tree in abstract.items() if part != "llama_proj"}
     try:
         folder.require_whole()
         tokenizer = load_tokenizer(folder.path)
-        return folder.load(frozen, dtype=dtype), tokenizer
+        return read(folder), tokenizer
     except UserError as error:
         if name != "smol":
             raise

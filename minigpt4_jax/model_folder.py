@@ -6,7 +6,8 @@
     NAME/checksums.json         size and CRC-32 of all of these (checksums.py)
 
 For: opening such a folder, on a local disk or in a bucket, and reading its weights straight onto devices: every device
-gets its slice, cast and stacked on the way, and a host reads nothing that none of its devices needs.
+gets its slice, cast, stacked or otherwise transformed on the way, and a host reads nothing that none of its devices
+needs.
 Not for: making one (`convert/model.py`), nor the checkpoints of a training run (`training/checkpoints.py`).
 
 Why files per layer, and not one Orbax checkpoint: saving a stacked tree of 3.2 GB with Orbax took 5 to 6 GB of memory;
@@ -22,7 +23,7 @@ import json
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def file_of(name: str) -> str:
     parts = name.split("/")
     layer = next((at for at, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[: layer + 1])
+
+
+def _group_of(name: str) -> str:
+    """What is read together with a parameter: its layer, or the parameter alone."""
+    layer = re.match(r".*?/\d+(?=/)", name)
+    return layer[0] if layer else name
+
+
+def _put(tree: Tree, name: str, leaf: Any) -> None:
+    """Sets the leaf at a path such as `llama/norm/scale`."""
+    *parents, last = name.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf
 
 
 class ModelFolder:
@@ -182,8 +197,9 @@ class ModelFolder:
         *,
         shardings: Tree | jax.sharding.Sharding | None = None,
         dtype: Any = None,
+        transform: Callable[[Tree], Tree] | None = None,
     ) -> Tree:
-        """Reads parameters onto devices.
+        """Reads parameters onto devices, one layer after the other; what is in no layer leaf by leaf.
 
         Args:
             abstract: tree of `jax.ShapeDtypeStruct` with the parts that are wanted (top-level keys), in the layout
@@ -191,9 +207,12 @@ class ModelFolder:
                 is asked for, names and shapes must agree in both directions.
             shardings: one for all leaves or a tree of them; default: everything on the first device.
             dtype: read floating-point leaves as this dtype. Default: as stored.
+            transform: replaces each layer as soon as it was read (`{"llama": {"layers": {"3": ...}}}`), and each leaf
+                that is in none (`{"llama": {"norm": {"scale": ...}}}`); what it was made from is freed.
 
         Returns:
-            A tree like `abstract` of `jax.Array`. Memory beside the arrays: one device's part of one leaf.
+            A tree like `abstract` of `jax.Array`, or of what `transform` gave. Memory beside it: on a host one device's
+            part of one leaf, on the devices nothing, or with `transform` the layer that it works on.
 
         Raises:
             CheckpointError: the folder holds another model; every difference is listed.
@@ -218,8 +237,19 @@ class ModelFolder:
             placed = dict.fromkeys(wanted, shardings)
         else:
             placed = leaf_names(shardings)
-        arrays = [self.place(name, placed[name], dtype=dtype) for name in wanted]
-        tree: Tree = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in wanted:
+            groups[_group_of(name)].append(name)
+        tree: Tree = {}
+        for names in groups.values():
+            part: Tree = {}
+            for name in names:
+                _put(part, name, self.place(name, placed[name], dtype=dtype))
+            if transform is not None:
+                # Waits: a host that reads ahead of the devices would fill them with layers that are still to be made.
+                part = jax.block_until_ready(transform(part))
+            for name, leaf in leaf_names(part).items():
+                _put(tree, name, leaf)
         return tree
 
     @cached_property

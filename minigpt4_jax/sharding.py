@@ -1,12 +1,13 @@
 """The mesh, and where every parameter lies on it. The only PartitionSpecs of the project.
 
-For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards. Not for: moving arrays, and
-not for activations (constraints on these come with the sharded train step).
+For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards; `cache_sharding`; and
+`constrain`, for the activations that the compiler would lay elsewhere. Not for: moving arrays.
 
 The table has one row per parameter of a block. Every parameter must be met by exactly one row: a new parameter without
 a row is an error, and there is no row that catches the rest. It is Megatron's (Shoeybi et al., arXiv 1909.08053, §3) on
 the axis `tensor`: the first matmul of a pair is split along its outputs, the second along its inputs, so that one sum
-per pair crosses devices; the other axis of a kernel is split over `fsdp` (ZeRO-3). What is small is everywhere.
+per pair crosses devices; the other axis of a kernel is split over `fsdp` (ZeRO-3). What is small is everywhere. A KV
+cache lies where its heads are computed.
 
 Differs from the original, which copies every weight to every GPU (torch DDP).
 """
@@ -84,6 +85,16 @@ RULES: dict[str, P] = {
     "llama/layers/{i}/mlp/down_proj/kernel": _IN,
     "llama/norm/scale": _ALL,
     "llama/lm_head/kernel": P(("fsdp", "tensor"), None),
+    # The layouts for decoding: fused kernels, interleaved for as many shards as `tensor` has devices
+    # (`Layout.shards`), and int8 with one scale per output channel: split where the outputs are.
+    "llama/layers/{i}/self_attn/qkv_proj/kernel": _OUT,
+    "llama/layers/{i}/self_attn/qkv_proj/kernel_scale": P("tensor"),
+    "llama/layers/{i}/mlp/gate_up_proj/kernel": _OUT,
+    "llama/layers/{i}/mlp/gate_up_proj/kernel_scale": P("tensor"),
+    "llama/layers/{i}/self_attn/o_proj/kernel_scale": _ALL,
+    "llama/layers/{i}/mlp/down_proj/kernel_scale": _ALL,
+    "llama/lm_head/kernel_scale": _ALL,
+    "llama/embed_tokens/embedding_scale": _ALL,
 }
 """Path of a parameter (kernels are `[in, out]`) -> its PartitionSpec."""
 
@@ -115,7 +126,7 @@ def make_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
 
     Args:
         mesh: from `make_mesh`, or an abstract one.
-        params: tree of anything with a `.shape`, in the layout `DISK` or `TRAIN`.
+        params: tree of anything with a `.shape`, in any layout or a part of it.
 
     Raises:
         ValueError: parameters that no row meets, or more than one.
@@ -142,21 +153,49 @@ def make_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
     )
 
 
+def cache_sharding(mesh: Mesh | AbstractMesh, *, num_kv_heads: int) -> NamedSharding:
+    """For every array of a KV cache, `[B, K, ...]`: its kv heads over `tensor`, rows and places whole.
+
+    Raises:
+        UserError: `tensor` does not divide the kv heads.
+    """
+    devices = mesh.shape["tensor"]
+    if num_kv_heads % devices:
+        fitting = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+        raise UserError(
+            f"The mesh has tensor={devices} and the language model {num_kv_heads} kv heads; expected a divisor of "
+            f"these for tensor: {', '.join(map(str, fitting))}."
+        )
+    return NamedSharding(mesh, P(None, "tensor"))
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """An activation `[..., D]` whose width stays whole on every device; how its rows lie is left to the compiler.
+
+    For both ends of the residual stream: the embedding and the LM head are split along the width, and without this the
+    whole stream is, with three exchanges for each matmul pair instead of one sum. Does nothing unless the function is
+    traced under `jax.set_mesh(mesh)`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * (x.ndim - 1), None))
+
+
 def match_rule(path: str) -> list[str]:
-    """The rows of the table that meet a parameter, in either layout; one, where all is well."""
-    return [
-        rule for rule in RULES if path in (rule.replace(f"/{LAYER}", ""), _numbered(path, rule))
-    ]
+    """The rows of the table that meet a parameter, in any layout; one, where all is well."""
+    return _ROWS.get(_NUMBER.sub(f"/{LAYER}/", path, count=1), [])
 
 
-def _numbered(path: str, rule: str) -> str | None:
-    """`path` if it is `rule` with some number for its layer."""
-    pattern = re.escape(rule).replace(re.escape(LAYER), r"\d+")
-    return path if re.fullmatch(pattern, path) else None
+_NUMBER = re.compile(r"/\d+/")
+_ROWS: dict[str, list[str]] = {}
+"""What a parameter may be called, with and without a layer's number -> the rows that say so."""
+for _rule in RULES:
+    for _name in {_rule, _rule.replace(f"/{LAYER}", "")}:
+        _ROWS.setdefault(_name, []).append(_rule)
 
 
 def _spec(path: str, rule: str) -> P:
-    stacked = LAYER in rule and _numbered(path, rule) is None
+    stacked = LAYER in rule and not _NUMBER.search(path)
     return P(None, *RULES[rule]) if stacked and RULES[rule] else RULES[rule]
 
 

@@ -13,34 +13,22 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import save_file
 
-from minigpt4_jax.checkpoint import CheckpointError, leaf_names
+from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.config import ModelConfig, UserError
-from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, ModelFolder, file_of, manifest_of
+from minigpt4_jax.model_folder import MANIFEST, WEIGHTS, ModelFolder, file_of
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params
 from minigpt4_jax.presets import PRESETS
+from tests.tiny_folder import write_folder
 
 TINY = PRESETS["tiny"]
 
 
-def write_folder(folder: Path, params: Any) -> Path:
-    (folder / WEIGHTS).mkdir(parents=True)
-    files: dict[str, dict[str, np.ndarray]] = {}
-    for name, leaf in leaf_names(params).items():
-        files.setdefault(file_of(name), {})[name] = np.asarray(leaf)
-    for name, arrays in files.items():
-        save_file(arrays, folder / WEIGHTS / f"{name}.safetensors")
-    (folder / MANIFEST).write_text(json.dumps(manifest_of(TINY, {"vit": {"files": []}}, {})))
-    write_checksums(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path: Path, tiny_params: Any) -> Path:
-    return write_folder(tmp_path / "model", tiny_params)
+    return write_folder(tmp_path / "model", tiny_params, preset=TINY)
 
 
 def abstract(config: ModelConfig, *, stacked: bool = False) -> Any:
@@ -150,7 +138,7 @@ def test_a_layer_that_is_missing_is_refused(
         "llama": {**tiny_params["llama"], "layers": dict(tiny_params["llama"]["layers"])},
     }
     del params["llama"]["layers"]["0"]
-    opened = ModelFolder(write_folder(tmp_path / "model", params))
+    opened = ModelFolder(write_folder(tmp_path / "model", params, preset=TINY))
     with pytest.raises(CheckpointError, match="llama/layers/"):
         opened.load(abstract(TINY.model, stacked=stacked))
 

@@ -18,6 +18,8 @@ def attend(
     v: Float[Array, "B Sk K H"],
     *,
     mask: Mask | None,
+    k_scale: Float[Array, "B K Sk"] | None = None,
+    v_scale: Float[Array, "B K Sk"] | None = None,
 ) -> Float[Array, "B Sq N H"]:
     """Scaled dot-product attention, grouped-query when `K < N` (Vaswani 1706.03762; Ainslie 2305.13245).
 
@@ -26,6 +28,8 @@ def attend(
 
     Args:
         mask: True = attend; None = everything. A row without any True gives the mean of all values.
+        k_scale, v_scale: what the keys and values of a place are to be multiplied with (an int8 cache). They are
+            folded into scores and probabilities, one number per place, so that no scaled copy of the cache is written.
 
     Returns:
         The attended values in the dtype of `v`.
@@ -38,11 +42,15 @@ def attend(
     q = (q * head_dim**-0.5).reshape(batch, length, kv_heads, groups, head_dim)
     rows = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
     scores = (rows @ k.transpose(0, 2, 3, 1)).astype(jnp.float32)
+    if k_scale is not None:
+        scores = scores * k_scale[:, :, None]
     if mask is not None:
         scores = scores.reshape(batch, kv_heads, groups, length, -1)
         scores = jnp.where(mask[:, None, None], scores, _LOWEST).reshape(*rows.shape[:3], -1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    attended = (weights @ v.transpose(0, 2, 1, 3)).reshape(
+    weights = jax.nn.softmax(scores, axis=-1)
+    if v_scale is not None:
+        weights = weights * v_scale[:, :, None]
+    attended = (weights.astype(v.dtype) @ v.transpose(0, 2, 1, 3)).reshape(
         batch, kv_heads, groups, length, head_dim
     )
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

@@ -1,17 +1,21 @@
 """The KV cache: an explicit pytree argument, returned and donated. A token's place in a row is its position.
 
-One cache per layer, K and V apart: a joint array, or all layers in one, costs whole copies when a part is updated.
+One cache per layer, K and V apart: a joint array, or all layers in one, costs whole copies when a part is updated. The
+original has `past_key_values`, which grow by concatenation, and no int8.
 """
 
 from __future__ import annotations
+
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from minigpt4_jax.config import LlamaConfig
+from minigpt4_jax.models.int8 import quantise
 
 
 @flax.struct.dataclass
@@ -19,10 +23,15 @@ class LayerCache:
     """Keys (after rope) and values of one layer, `S` places for each row.
 
     Heads stand before places, as attention multiplies them: the other way round every step would transpose the cache.
+    Every leaf has the row, the head and the place as its first three axes.
     """
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Num[Array, "B K S H"]
+    v: Num[Array, "B K S H"]
+    k_scale: Float[Array, "B K S"] | None = None
+    """int8 caches only: what the keys of a place are to be multiplied with. float32: a bfloat16 scale would be off by
+    as much again as the rounding to int8 is, and save 2 bytes of `H + 4`."""
+    v_scale: Float[Array, "B K S"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -34,32 +43,41 @@ class LayerCache:
         k: Float[Array, "R Sq K H"],
         v: Float[Array, "R Sq K H"],
         positions: Int[Array, "R Sq"],
+        *,
+        length: int,
     ) -> LayerCache:
         """Writes into the first `R` rows; the rows behind them stay as they are.
 
         A stretch of a prompt (`Sq > 1`) goes to consecutive places from `positions[0, 0]` on, which is where all rows
         begin; one token per row (`Sq == 1`) goes to the row's own position.
-        """
-        if k.shape[1] > 1:
-            start = (0, 0, positions[0, 0], 0)
-            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-            return LayerCache(
-                k=jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start),
-                v=jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start),
-            )
-        rows = jnp.arange(k.shape[0])
-        places = positions[:, 0]
-        return LayerCache(
-            k=self.k.at[rows, :, places].set(k[:, 0].astype(self.k.dtype)),
-            v=self.v.at[rows, :, places].set(v[:, 0].astype(self.v.dtype)),
-        )
 
-    def read(
-        self, rows: int, length: int
-    ) -> tuple[Float[Array, "R Sk K H"], Float[Array, "R Sk K H"]]:
-        """Keys and values of the first `rows` rows at the first `length` places, in the order that `attend` takes."""
+        Args:
+            length: places that are read afterwards, as in `read`. A single token's position is below it: on a TPU
+                nothing is written beyond.
+        """
+        new = _stored(k, v, self.k.dtype)
+        if k.shape[1] > 1:
+            write = functools.partial(_write_stretch, start=positions[0, 0])
+        else:
+            write = functools.partial(_write_tokens, places=positions[:, 0], length=length)
+        updated: LayerCache = jax.tree.map(write, self, new)
+        return updated
+
+    def read(self, rows: int, length: int) -> tuple[Num[Array, "R Sk K H"], Num[Array, "R Sk K H"]]:
+        """Keys and values of the first `rows` rows at the first `length` places, in the order that `attend` takes.
+
+        Those of an int8 cache are still to be multiplied with `read_scales`.
+        """
         k, v = self.k[:rows, :, :length], self.v[:rows, :, :length]
         return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def read_scales(
+        self, rows: int, length: int
+    ) -> tuple[Float[Array, "R K Sk"] | None, Float[Array, "R K Sk"] | None]:
+        """The scales of what `read` gives, as `attend` takes them; None for a cache that is not int8."""
+        if self.k_scale is None or self.v_scale is None:
+            return None, None
+        return self.k_scale[:rows, :, :length], self.v_scale[:rows, :, :length]
 
 
 KVCache = tuple[LayerCache, ...]
@@ -67,9 +85,78 @@ KVCache = tuple[LayerCache, ...]
 
 
 def init_cache(config: LlamaConfig, batch: int, *, capacity: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache. Places beyond a row's position are masked, so their content never matters."""
+    """An empty cache. Places beyond a row's position are masked, so their content never matters.
+
+    Args:
+        dtype: int8 makes caches with scales, one per token and head.
+    """
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    return tuple(
-        LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
-        for _ in range(config.num_layers)
+    quantised = jnp.dtype(dtype) == jnp.int8
+
+    def empty_layer() -> LayerCache:  # arrays of its own: each is donated
+        return LayerCache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            k_scale=jnp.zeros(shape[:3], jnp.float32) if quantised else None,
+            v_scale=jnp.zeros(shape[:3], jnp.float32) if quantised else None,
+        )
+
+    return tuple(empty_layer() for _ in range(config.num_layers))
+
+
+def _stored(
+    k: Float[Array, "R Sq K H"], v: Float[Array, "R Sq K H"], dtype: DTypeLike
+) -> LayerCache:
+    """What is written, in the cache's order of axes: `[R, K, Sq, H]` and, for int8, scales `[R, K, Sq]`."""
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if dtype != jnp.int8:
+        return LayerCache(k=k.astype(dtype), v=v.astype(dtype))
+    (k_values, k_scale), (v_values, v_scale) = quantise(k, -1), quantise(v, -1)
+    return LayerCache(k=k_values, v=v_values, k_scale=k_scale, v_scale=v_scale)
+
+
+def _write_stretch(
+    leaf: Num[Array, "B K S *H"], new: Num[Array, "R K Sq *H"], *, start: Int[Array, ""]
+) -> Num[Array, "B K S *H"]:
+    return jax.lax.dynamic_update_slice(leaf, new, (0, 0, start, *[0] * (leaf.ndim - 3)))
+
+
+def _write_tokens(
+    leaf: Num[Array, "B K S *H"],
+    new: Num[Array, "R K 1 *H"],
+    *,
+    places: Int[Array, " R"],
+    length: int,
+) -> Num[Array, "B K S *H"]:
+    """One place in each row: by a scatter, or on a TPU, where that runs token by token (jax#21367), by a select.
+
+    A program for one platform has one of the two and, compiled, no branch; one exported for several has both.
+    """
+    return jax.lax.platform_dependent(
+        leaf,
+        new,
+        places,
+        tpu=functools.partial(_select_tokens, length=length),
+        default=_scatter_tokens,
     )
+
+
+def _scatter_tokens(
+    leaf: Num[Array, "B K S *H"], new: Num[Array, "R K 1 *H"], places: Int[Array, " R"]
+) -> Num[Array, "B K S *H"]:
+    rows = jnp.arange(len(new))
+    return leaf.at[rows, :, places].set(new[:, :, 0], indices_are_sorted=True, unique_indices=True)
+
+
+def _select_tokens(
+    leaf: Num[Array, "B K S *H"],
+    new: Num[Array, "R K 1 *H"],
+    places: Int[Array, " R"],
+    *,
+    length: int,
+) -> Num[Array, "B K S *H"]:
+    """Rewrites the places that are read anyway, all but one with what they have."""
+    window = leaf[: len(new), :, :length]
+    here = jnp.arange(length)[None] == places[:, None]
+    here = here.reshape(len(new), 1, length, *[1] * (leaf.ndim - 3))
+    return jax.lax.dynamic_update_slice(leaf, jnp.where(here, new, window), (0,) * leaf.ndim)

@@ -1,4 +1,4 @@
-"""Building blocks that more than one tower uses: RMSNorm and the stack of repeated blocks.
+"""Building blocks that more than one tower uses: norms, matrices and the stack of repeated blocks.
 
 Not for: attention (`attention.py`) and rotary embeddings (`rope.py`).
 """
@@ -64,6 +64,14 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)[(None,) * (y.ndim - 1)]
         return y
+
+
+def multiply_rows(x: Float[Array, "*B D"], rows: Array) -> Float[Array, "*B V"]:
+    """`x @ rows.T` in the dtype of `x`, for rows `[V, D]`.
+
+    Not `Embed.attend`: for a single row of `x`, XLA's CPU compiler copies the transposed embedding first.
+    """
+    return jax.lax.dot_general(x, rows.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 class Unstacked(nn.Module):

@@ -7,6 +7,8 @@ only; the KV cache is an argument; grouped-query attention and tied embeddings a
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,16 +18,28 @@ from jaxtyping import Array, Float, Int
 from minigpt4_jax.config import LlamaConfig
 from minigpt4_jax.dims import Embeds, Mask, TokenIds
 from minigpt4_jax.models.attention import attend
+from minigpt4_jax.models.int8 import Int8Dense, Int8Embed
 from minigpt4_jax.models.kv_cache import KVCache, LayerCache
-from minigpt4_jax.models.layers import Dense, RMSNorm, run_blocks
+from minigpt4_jax.models.layers import Dense, RMSNorm, multiply_rows, run_blocks
+from minigpt4_jax.models.layout import Layout, fused_widths, split_columns
 from minigpt4_jax.models.rope import rotate
+from minigpt4_jax.sharding import constrain
+
+
+def make_matrix(
+    features: int, layout: Layout, *, dtype: DTypeLike, name: str | None = None
+) -> Dense | Int8Dense:
+    """A product without a bias, in the form in which `layout` keeps its kernel. Call it inside a linen scope."""
+    if layout.int8:
+        return Int8Dense(features, dtype, name=name)
+    return Dense(features, False, dtype, name=name)
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with rotary positions. `fused` reads one qkv kernel instead of three."""
+    """Causal attention with rotary positions; a fused layout reads one qkv kernel instead of three."""
 
     config: LlamaConfig
-    fused: bool
+    layout: Layout
     dtype: DTypeLike
 
     @nn.compact
@@ -33,49 +47,53 @@ class SelfAttention(nn.Module):
         self, x: Embeds, cache: LayerCache | None, positions: Int[Array, "B S"], mask: Mask
     ) -> tuple[Embeds, LayerCache | None]:
         cfg = self.config
-        q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        if self.fused:
-            qkv = Dense(q_width + 2 * kv_width, False, self.dtype, name="qkv_proj")(x)
-            q, k, v = jnp.split(qkv, [q_width, q_width + kv_width], axis=-1)
+        matrix = functools.partial(make_matrix, layout=self.layout, dtype=self.dtype)
+        widths = fused_widths(cfg)["self_attn"]
+        if self.layout.fused:
+            joint = matrix(sum(widths), name="qkv_proj")(x)
+            q, k, v = split_columns(joint, widths, self.layout.shards)
         else:
-            q = Dense(q_width, False, self.dtype, name="q_proj")(x)
-            k = Dense(kv_width, False, self.dtype, name="k_proj")(x)
-            v = Dense(kv_width, False, self.dtype, name="v_proj")(x)
+            names = ("q_proj", "k_proj", "v_proj")
+            q, k, v = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))
         lead = x.shape[:2]
         q = rotate(q.reshape(*lead, -1, cfg.head_dim), positions, base=cfg.rope_base)
         k = rotate(k.reshape(*lead, -1, cfg.head_dim), positions, base=cfg.rope_base)
         v = v.reshape(*lead, -1, cfg.head_dim)
+        k_scale = v_scale = None
         if cache is not None:
-            cache = cache.update(k, v, positions)
-            k, v = (part.astype(self.dtype) for part in cache.read(len(x), mask.shape[-1]))
-        y = attend(q, k, v, mask=mask).reshape(*lead, q_width)
-        return Dense(cfg.width, False, self.dtype, name="o_proj")(y), cache
+            length = mask.shape[-1]
+            cache = cache.update(k, v, positions, length=length)
+            k, v = (part.astype(self.dtype) for part in cache.read(len(x), length))
+            k_scale, v_scale = cache.read_scales(len(x), length)
+        y = attend(q, k, v, mask=mask, k_scale=k_scale, v_scale=v_scale).reshape(*lead, -1)
+        return matrix(cfg.width, name="o_proj")(y), cache
 
 
 class Mlp(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
 
     config: LlamaConfig
-    fused: bool
+    layout: Layout
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Embeds) -> Embeds:
-        width = self.config.mlp_width
-        if self.fused:
-            joint = Dense(2 * width, False, self.dtype, name="gate_up_proj")(x)
-            gate, up = jnp.split(joint, 2, axis=-1)
+        matrix = functools.partial(make_matrix, layout=self.layout, dtype=self.dtype)
+        widths = fused_widths(self.config)["mlp"]
+        if self.layout.fused:
+            joint = matrix(sum(widths), name="gate_up_proj")(x)
+            gate, up = split_columns(joint, widths, self.layout.shards)
         else:
-            gate = Dense(width, False, self.dtype, name="gate_proj")(x)
-            up = Dense(width, False, self.dtype, name="up_proj")(x)
-        return Dense(self.config.width, False, self.dtype, name="down_proj")(jax.nn.silu(gate) * up)
+            names = ("gate_proj", "up_proj")
+            gate, up = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))
+        return matrix(self.config.width, name="down_proj")(jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
     """Pre-norm decoder layer."""
 
     config: LlamaConfig
-    fused: bool
+    layout: Layout
     dtype: DTypeLike
 
     @nn.compact
@@ -84,28 +102,30 @@ class Block(nn.Module):
     ) -> tuple[Embeds, LayerCache | None]:
         cfg = self.config
         y = RMSNorm(cfg.norm_eps, self.dtype, name="input_layernorm")(x)
-        y, cache = SelfAttention(cfg, self.fused, self.dtype, name="self_attn")(
+        y, cache = SelfAttention(cfg, self.layout, self.dtype, name="self_attn")(
             y, cache, positions, mask
         )
         x = x + y
         y = RMSNorm(cfg.norm_eps, self.dtype, name="post_attention_layernorm")(x)
-        return x + Mlp(cfg, self.fused, self.dtype, name="mlp")(y), cache
+        return x + Mlp(cfg, self.layout, self.dtype, name="mlp")(y), cache
 
 
 class Llama(nn.Module):
     """Embeddings to hidden states; `embed` and `head` are calls of their own."""
 
     config: LlamaConfig
-    stacked: bool
-    fused: bool
+    layout: Layout
     dtype: DTypeLike
 
     def setup(self) -> None:
         cfg = self.config
-        self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.width, dtype=self.dtype)
+        # Without a tied head the embedding is only looked up, a row per token: int8 would save no reading worth a loss.
+        lookup: type[Int8Embed] | type[nn.Embed]
+        lookup = Int8Embed if self.layout.int8 and cfg.tie_embeddings else nn.Embed
+        self.embed_tokens = lookup(cfg.vocab_size, cfg.width, dtype=self.dtype)
         self.norm = RMSNorm(cfg.norm_eps, self.dtype)
         if not cfg.tie_embeddings:
-            self.lm_head = Dense(cfg.vocab_size, False, self.dtype)
+            self.lm_head = make_matrix(cfg.vocab_size, self.layout, dtype=self.dtype)
 
     def embed(self, token_ids: TokenIds) -> Embeds:
         """Token embeddings. Ids below zero (image placeholders) get row 0; the caller replaces them."""
@@ -113,12 +133,11 @@ class Llama(nn.Module):
 
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in float32."""
+        if isinstance(self.embed_tokens, Int8Embed):
+            return self.embed_tokens.attend(hidden).astype(jnp.float32)
         if self.config.tie_embeddings:
-            # Not `Embed.attend`: for a single row, XLA's CPU compiler copies the transposed embedding first.
-            embedding = self.embed_tokens.embedding.astype(self.dtype)
-            return jax.lax.dot_general(
-                hidden.astype(self.dtype), embedding, (((hidden.ndim - 1,), (1,)), ((), ()))
-            ).astype(jnp.float32)
+            rows = self.embed_tokens.embedding
+            return multiply_rows(hidden.astype(self.dtype), rows).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
 
     @nn.compact
@@ -147,10 +166,10 @@ class Llama(nn.Module):
             Block,
             cfg.num_layers,
             name="layers",
-            stacked=self.stacked,
-            block_args={"config": cfg, "fused": self.fused, "dtype": self.dtype},
-            x=embeds.astype(self.dtype),
+            stacked=self.layout.stacked,
+            block_args={"config": cfg, "layout": self.layout, "dtype": self.dtype},
+            x=constrain(embeds.astype(self.dtype)),
             caches=caches,
             args=(positions, mask),
         )
-        return self.norm(x), caches, states
+        return constrain(self.norm(x)), caches, states

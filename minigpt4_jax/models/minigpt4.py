@@ -83,7 +83,7 @@ class MiniGPT4(nn.Module):
         if cfg.qformer is not None:
             self.qformer = QFormer(cfg.qformer, self.dtype)
         self.llama_proj = Dense(cfg.llama.width, True, self.dtype)
-        self.llama = Llama(cfg.llama, self.layout.stacked, self.layout.fused, self.dtype)
+        self.llama = Llama(cfg.llama, self.layout, self.dtype)
 
     def encode_vision(self, images: Images) -> tuple[Float[Array, "I R C"], dict[str, Array]]:
         """The frozen part of the image path: what `llama_proj` reads, and the hidden states on the way.

@@ -90,3 +90,24 @@ def test_the_cache_mask_shows_the_slots_up_to_the_position() -> None:
     mask = make_cache_mask(jnp.asarray([[0, 1], [3, 4]]), 5)
     np.testing.assert_array_equal(np.asarray(mask).sum(-1), [[1, 2], [4, 5]])
     np.testing.assert_array_equal(mask[1, 0], [True, True, True, True, False])
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_scales_are_those_of_the_keys_and_values_of_their_place(heads: int) -> None:
+    q, k, v = draw(2, 3, heads, 4), draw(2, 5, 2, 4), draw(2, 5, 2, 4)
+    rng = np.random.default_rng(2)
+    k_scale, v_scale = (rng.uniform(0.1, 3, (2, 2, 5)).astype(np.float32) for _ in range(2))
+    mask = jnp.asarray(rng.random((2, 3, 5)) < 0.7).at[..., 0].set(True)
+
+    def spread(scale: np.ndarray) -> np.ndarray:
+        return scale.transpose(0, 2, 1)[..., None]
+
+    scaled = (jnp.asarray(a) for a in (q, k * spread(k_scale), v * spread(v_scale)))
+    expected = attend(*scaled, mask=mask)
+    found = attend(
+        *(jnp.asarray(a) for a in (q, k, v)),
+        mask=mask,
+        k_scale=jnp.asarray(k_scale),
+        v_scale=jnp.asarray(v_scale),
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

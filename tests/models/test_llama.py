@@ -13,6 +13,7 @@ import pytest
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig
 from minigpt4_jax.models.attention import make_causal_mask
+from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.llama import Llama
 
 LENGTH = 70  # more than 64: rope and masks beyond the first bucket
@@ -78,7 +79,7 @@ def test_every_layer_equals_the_numpy_llama(
     changes: dict[str, Any], tiny_config: ModelConfig, draw_params: Callable[[Any], Any]
 ) -> None:
     config = dataclasses.replace(tiny_config.llama, **changes)
-    llama = Llama(config, False, False, jnp.float32)
+    llama = Llama(config, DISK, jnp.float32)
     token_ids = np.random.default_rng(6).integers(0, config.vocab_size, LENGTH)
 
     def run(module: Llama, ids: jax.Array) -> Any:
@@ -108,7 +109,7 @@ def test_every_layer_equals_the_numpy_llama(
 def test_logits_are_float32_whatever_the_compute_dtype(
     tiny_params: Any, tiny_config: ModelConfig
 ) -> None:
-    llama = Llama(tiny_config.llama, False, False, jnp.bfloat16)
+    llama = Llama(tiny_config.llama, DISK, jnp.bfloat16)
     hidden = jnp.ones((2, tiny_config.llama.width), jnp.bfloat16)
     logits = llama.apply({"params": tiny_params["llama"]}, hidden, method="head")
     assert logits.dtype == jnp.float32

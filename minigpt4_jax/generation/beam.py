@@ -91,17 +91,17 @@ def start_beams(
     rules: BeamRules,
     *,
     num_beams: int,
-    num_slots: int,
+    places: int,
 ) -> BeamState:
-    """The state after the first token, from what `prefill` (or `read_prompts`) gives: its caches may be used again.
+    """The state after the first token, from what `prefill` gives: its caches may be used again.
 
     Args:
         lengths: tokens of each prompt.
         num_beams: the `W` of the state, at least 1.
-        num_slots: cache slots that the beams keep, and the most ids of an answer: prompt and answer fit together.
+        places: of the cache of every beam, and the most ids of an answer: prompt and answer fit together.
     """
     batch, vocab = logits.shape
-    token_ids = jnp.zeros((batch, num_beams, num_slots), jnp.int32)
+    token_ids = jnp.zeros((batch, num_beams, places), jnp.int32)
     nothing = jnp.full((batch, num_beams), -jnp.inf)
     state = BeamState(
         scores=nothing.at[:, 0].set(0.0),  # all beams are the same prompt: only one counts
@@ -114,11 +114,18 @@ def start_beams(
         ),
         done=jnp.zeros(batch, bool),
         caches=jax.tree.map(
-            lambda leaf: jnp.repeat(leaf[:, :, :num_slots], num_beams, axis=0), caches
+            lambda leaf: jnp.repeat(_resize(leaf, places), num_beams, axis=0), caches
         ),
     )
     everywhere = jnp.broadcast_to(logits[:, None], (batch, num_beams, vocab))
     return _advance(state, everywhere, rules)[0]
+
+
+def _resize(leaf: Array, places: int) -> Array:
+    """A leaf of a cache with so many places: what is too much cut off, what is missing zero."""
+    missing = max(0, places - leaf.shape[2])
+    widths = [(0, 0), (0, 0), (0, missing), *[(0, 0)] * (leaf.ndim - 3)]
+    return jnp.pad(leaf[:, :, :places], widths)
 
 
 def beam_step(params: Params, state: BeamState, rules: BeamRules, *, model: MiniGPT4) -> BeamState:
@@ -130,6 +137,7 @@ def beam_step(params: Params, state: BeamState, rules: BeamRules, *, model: Mini
         state.caches,
         newest.reshape(-1),
         jnp.repeat(state.position, num_beams),
+        places=state.caches[0].capacity,
         model=model,
     )
     following, parents = _advance(state, logits.reshape(batch, num_beams, -1), rules)

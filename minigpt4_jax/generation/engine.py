@@ -1,297 +1,473 @@
-"""The engine: holds the parameters and the compiled functions, and runs generations. Ids in, ids out.
+"""The engine: one set of parameters, a fixed number of slots, and requests that join and leave at any step.
 
-Prompts are padded to a few lengths (buckets), so that after the first answer of a bucket nothing is compiled again,
-however many pictures a prompt shows and however its tokens are drawn; greedy and drawn answers are two programs. Simple
-on purpose: one generation at a time, over one or several rows. Slots and continuous batching come later, behind the
-same `prefill` and `decode_step`.
+    engine.submit(Request(...)); while ...: for generation in engine.step(): ...
+
+One `step` lets waiting requests in (`prefill` -> `insert`), dispatches the next `decode_step` over all active slots,
+and then reads the one before it: the device computes while the host reads, and nothing inside the loop waits for the
+step that was just dispatched. All state is on the device and donated. `generate`, `stream`, chats, captioning and the
+server go through this one loop.
+
+Not for: text, tokenizers, stop strings (the caller reads the answer and cancels), threads (one thread owns an engine).
+Differs from the original, which runs one request at a time, allocates its cache anew for every token and knows no
+batches of prompts that end at different times.
 """
 
 from __future__ import annotations
 
-import functools
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
-from minigpt4_jax.generation.beam import BeamRules, BeamState, beam_step, rank, start_beams
-from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill
-from minigpt4_jax.generation.sampling import GREEDY, Sampling
-from minigpt4_jax.models.kv_cache import KVCache, init_cache
-from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
-from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
+from minigpt4_jax.config import ModelConfig, UserError
+from minigpt4_jax.generation.beam import BeamRules
+from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, Hypothesis
+from minigpt4_jax.generation.decode import Chosen
+from minigpt4_jax.generation.requests import (
+    FinishReason,
+    Generation,
+    Request,
+    SharedPrompt,
+    TokenLogprobs,
+)
+from minigpt4_jax.generation.residents import (
+    LEAST_REUSE,
+    Resident,
+    common_start,
+    embeds_behind,
+)
+from minigpt4_jax.generation.runner import Runner
+from minigpt4_jax.models.layout import DECODE, Layout
+from minigpt4_jax.models.minigpt4 import Params
 
-LENGTH_BEFORE = 1
-"""What the length of an answer counts in a beam search before its first token: the original's stand-in for a prompt."""
+
+@dataclass
+class Counters:
+    """What the engine did so far."""
+
+    decode_steps: int = 0
+    """Dispatched, each for all active slots together."""
+    prefills: int = 0
+    extends: int = 0
+    moves: int = 0
+    images: int = 0
+    """Encoded."""
+    reused_tokens: int = 0
+    """Of prompts, that were not read again."""
+    faults: int = 0
+    """Steps that failed; each ended what was in flight and left empty slots behind."""
 
 
-class Hypothesis(NamedTuple):
-    """One of the answers that a beam search found."""
+@dataclass
+class Pending:
+    """A dispatched program whose choices were not read yet."""
 
-    ids: list[int]
-    """The stop token included if one ends it."""
-    score: float
-    """Sum of the log-probabilities over `(1 + ids without the stop token) ** length_penalty`; higher is better."""
+    chosen: Chosen
+    generations: dict[int, Generation]
+    """By the row of `chosen`."""
 
 
 class Engine:
     """Compiled generation over one set of parameters.
 
     Args:
-        params: a full tree in the `DISK` layout.
+        params: a full tree in `layout`.
         config: sizes of the model.
-        dtype: compute dtype; the cache has it too.
-        context: cache slots: the longest prompt plus answer, in tokens.
+        dtype: compute dtype.
+        context: the longest prompt plus answer, in tokens.
+        num_slots: how many answers are written at once; the cache is allocated for all of them.
+        layout: of `params`, one of the fused layouts.
+        cache_dtype: of the KV cache; default: `dtype`.
 
     Raises:
-        UserError: `context` is more than the model's positions.
+        UserError: `context` is more than the model's positions, or there are no slots.
     """
 
     def __init__(
-        self, params: Params, config: ModelConfig, *, dtype: DTypeLike, context: int
+        self,
+        params: Params,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        context: int,
+        num_slots: int = 8,
+        layout: Layout = DECODE,
+        cache_dtype: DTypeLike | None = None,
     ) -> None:
         if context > config.llama.max_positions:
             raise UserError(
                 f"context is {context}; expected at most {config.llama.max_positions}, the positions that the model "
                 "was trained for."
             )
+        if num_slots < 1:
+            raise UserError(f"num_slots is {num_slots}; expected at least 1.")
         self.config = config
         self.context = context
-        self._dtype = dtype
-        self._params = jax.tree.map(
-            jnp.asarray, convert_layout(params, DISK, DECODE, llama=config.llama)
+        self.num_slots = num_slots
+        self.counters = Counters()
+        self._runner = Runner(
+            params,
+            config,
+            dtype=dtype,
+            context=context,
+            num_slots=num_slots,
+            layout=layout,
+            cache_dtype=dtype if cache_dtype is None else cache_dtype,
         )
-        self._model = make_model(config, layout=DECODE, dtype=dtype)
-        self._prefill = jax.jit(functools.partial(prefill, model=self._model), donate_argnums=1)
-        self._decode_step = jax.jit(
-            functools.partial(decode_step, model=self._model),
-            static_argnames="num_slots",
-            donate_argnums=1,
-        )
-        self._encode = jax.jit(
-            lambda params, images: apply_method(self._model, params, "encode_images", images)
-        )
-        self._start_beams = jax.jit(start_beams, static_argnames=("num_beams", "num_slots"))
-        self._beam_step = jax.jit(functools.partial(beam_step, model=self._model), donate_argnums=1)
-        self._rank = jax.jit(rank)
-        self._free_caches: dict[int, KVCache] = {}
+        self._beams = BeamSearch(self._runner.model)
+        self._waiting: deque[Generation] = deque()
+        self._pending: deque[Pending] = deque()
+        self._slots: list[Generation | None] = [None] * num_slots
+        self._residents = [Resident() for _ in range(num_slots)]
+        self._state = self._runner.make_state()
 
-    def encode_images(
-        self, images: Float[np.ndarray, "I height width 3"]
-    ) -> Float[np.ndarray, "I T D"]:
-        """Normalised pictures (float32) to image embeddings."""
-        parts = (*self.config.vision_parts, "llama_proj")
-        vision = {name: self._params[name] for name in parts}
-        return np.asarray(self._encode(vision, images), np.float32)
+    # --- requests ---
 
-    def stream(
-        self,
-        token_ids: Sequence[int],
-        image_embeds: Float[np.ndarray, "R D"] | None,
-        *,
-        max_new_tokens: int,
-        stop_tokens: Collection[int],
-        sampling: Sampling,
-        written: Collection[int] = (),
-    ) -> Iterator[int]:
-        """Yields the ids of one answer as they are chosen, the stop token included if one ends it.
+    def submit(self, request: Request, *, count: int = 1) -> list[Generation]:
+        """Queues a request; `count` answers to it are written side by side and its prompt is read once.
 
-        Args:
-            token_ids: the prompt; each `IMAGE_TOKEN_ID` takes the next row of `image_embeds`.
-            image_embeds: embeddings of all pictures of the prompt, joined.
-            sampling: with one seed per prompt, where tokens are drawn.
-            written: ids that the repetition penalty counts as written before the answer. Never the prompt's.
+        With a seed, answer `i` draws by `seed + i`.
 
         Raises:
-            ValueError: placeholders and image embeddings do not match, prompt plus answer exceed the context, or
-                prompts and seeds differ in number.
+            ValueError: prompt and answer together exceed the context.
         """
-        for tokens in self._run([token_ids], [image_embeds], max_new_tokens, sampling, written):
-            token = int(tokens[0])
-            yield token
-            if token in stop_tokens:
-                return
+        self._require_room(request)
+        shared = SharedPrompt(waiting=count)
+        found = [
+            Generation(request=request.with_seed_plus(number), shared=shared)
+            for number in range(count)
+        ]
+        self._waiting.extend(found)
+        return found
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
-        *,
-        max_new_tokens: int,
-        stop_tokens: Collection[int],
-        sampling: Sampling,
-        written: Collection[int] = (),
-    ) -> list[list[int]]:
-        """Several answers at once, one row each; a stop token ends its row and is included. Raises as `stream`."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(prompts)))
-        for tokens in self._run(prompts, image_embeds, max_new_tokens, sampling, written):
-            for row in sorted(open_rows):
-                answers[row].append(int(tokens[row]))
-                if tokens[row] in stop_tokens:
-                    open_rows.discard(row)
-            if not open_rows:
-                break
-        return answers
+    def _require_room(self, request: Request) -> None:
+        if len(request.prompt) + request.max_new_tokens > self.context:
+            raise ValueError(
+                f"The prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for; "
+                f"expected together at most {self.context}, the context."
+            )
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request, waiting or running. Its slot is free at once; nothing is read for it any more."""
+        if generation.finished:
+            return
+        if generation.slot < 0:
+            self._waiting.remove(generation)
+            self._begun(generation)
+        self._finish(generation, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting) or any(self._slots)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no request has."""
+        return self._slots.count(None)
+
+    def step(self) -> list[Generation]:
+        """One round of the loop; returns the requests that got a token or ended.
+
+        A fault of the device ends every request in flight with `finish_reason` "error", and the slots are made anew;
+        what waits goes on waiting.
+        """
+        try:
+            self._admit()
+            dispatched = self._dispatch()
+            return self._collect(leave=1 if dispatched else 0)
+        except (
+            Exception
+        ) as error:  # whatever the device raises: the donated state is lost, the engine goes on
+            self.counters.faults += 1
+            return self._abandon("error", error)
+        except (
+            BaseException
+        ):  # Ctrl-C inside a dispatch: the old state was donated, the new one has no name
+            self._abandon("cancelled", None)
+            raise
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """Yields the ids of one answer as they are chosen, the stop token included. Closing it cancels the request.
+
+        Raises the device's error if there was one.
+        """
+        (generation,) = self.submit(request)
+        shown = 0
+        try:
+            while True:
+                while shown < len(generation.ids):
+                    shown += 1
+                    yield generation.ids[shown - 1]
+                if generation.finished:
+                    break
+                self.step()
+            if generation.error is not None:
+                raise generation.error
+        finally:
+            self.cancel(generation)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answers several requests, as many at once as there are slots. Raises as `stream`."""
+        found = [self.submit(request)[0] for request in requests]
+        try:
+            while not all(generation.finished for generation in found):
+                self.step()
+        finally:
+            for generation in found:
+                self.cancel(generation)
+        for generation in found:
+            if generation.error is not None:
+                raise generation.error
+        return found
 
     def beam_search(
         self,
-        prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
+        requests: Sequence[Request],
         *,
         num_beams: int,
-        max_new_tokens: int,
-        stop_tokens: Collection[int],
         length_penalty: float = 1.0,
-        repetition_penalty: float = 1.0,
-        written: Collection[int] = (),
     ) -> list[list[Hypothesis]]:
-        """The `num_beams` best answers to each prompt, best first, by the rules of `generation/beam.py`.
+        """The `num_beams` best answers to each request, best first, by the rules of `generation/beam.py`.
 
-        Fewer where there are not as many (a vocabulary smaller than `num_beams`). A row's answers do not depend on the
-        other rows. Other prompts, stop tokens and penalties compile nothing; another `num_beams` does. Every step
-        waits for the device once, so that Ctrl-C ends a search between two steps. Raises as `stream`.
+        Of the sampling only the repetition penalty counts, and settings are those of the first request. Fewer answers
+        where there are not as many (a vocabulary smaller than `num_beams`). A row's answers do not depend on the other
+        rows. Beams have caches of their own beside the slots, and block the engine while they run.
         """
-        token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
-        images = self._pad_images(prompts, image_embeds, length=token_ids.shape[1])
-        seen = self._mark(written, rows=len(prompts))
-        rules = jax.device_put(
-            BeamRules(
-                stops=self._mark(stop_tokens, rows=1)[0],
-                length_penalty=np.float32(length_penalty),
-                repetition_penalty=np.float32(repetition_penalty),
-                length_before=np.int32(LENGTH_BEFORE),
-            )
+        first = requests[0]
+        lengths = np.asarray([len(request.prompt) for request in requests], np.int32)
+        for request in requests:
+            self._require_room(request)
+        longest = int(lengths.max())
+        prefix = self._runner.read(
+            requests, (len(requests), self._runner.prompt_sizes.fit(longest))
         )
-        caches = self._take_caches(len(prompts))
-        prompt, logits = self._prefill(
-            self._params, caches, token_ids, images, lengths, seen, sampling=jax.device_put(GREEDY)
+        self.counters.prefills += 1
+        settings = self._runner.settings(first)
+        rules = BeamRules(
+            stops=_mark(first.stop_tokens, self.config.llama.vocab_size),
+            length_penalty=np.float32(length_penalty),
+            repetition_penalty=np.float32(first.sampling.repetition_penalty),
+            length_before=np.int32(LENGTH_BEFORE),
         )
-        state: BeamState = self._start_beams(
-            logits,
-            prompt.caches,
+        return self._beams.search(
+            self._runner.params,
+            prefix,
             lengths,
-            seen,
+            np.repeat(settings.seen, len(requests), axis=0),
             rules,
             num_beams=num_beams,
-            num_slots=self.slots(int(lengths.max()) + max_new_tokens),
+            places=self._runner.place_sizes.fit(longest + first.max_new_tokens),
+            max_new_tokens=first.max_new_tokens,
         )
-        self._free_caches[len(prompts)] = prompt.caches
-        for _ in range(max_new_tokens - 1):
-            if np.asarray(state.done).all():
+
+    def encode_images(
+        self, images: Float[np.ndarray, "I height width 3"]
+    ) -> list[Float[Array, "T D"]]:
+        """Normalised pictures (float32) to image embeddings in the compute dtype. They stay on the device."""
+        found = self._runner.encode_images(images)
+        self.counters.images += len(images)
+        return found
+
+    # --- letting requests in ---
+
+    def _admit(self) -> None:
+        """Fills free slots from the queue. At most one batch of prompts is read per step, so that answers under way
+        are held up by no more than that."""
+        read = False
+        while self._waiting and None in self._slots:
+            generation = self._waiting[0]
+            if generation.shared.prefix is None:
+                if read:
+                    return
+                read = True
+                if self._extend(generation):
+                    continue
+                self._read_prompts()
+            self._insert(generation)
+
+    def _read_prompts(self) -> None:
+        """Reads the prompt of the first in the queue, with others of its size that could be let in too."""
+        sizes = self._runner.prompt_sizes
+        group = [self._waiting[0]]
+        for generation in list(self._waiting)[1 : self.free_slots]:
+            if generation.shared in [other.shared for other in group]:
+                continue
+            known = generation.shared.prefix is not None
+            if known or sizes.fit(generation.length) != sizes.fit(group[0].length):
                 break
-            state = self._beam_step(self._params, state, rules)
-        found = self._rank(state, rules)
-        rows = jax.device_get((found.token_ids, found.lengths, found.scores))
-        return [
-            [
-                Hypothesis(ids[:length].tolist(), float(score))
-                for ids, length, score in zip(*row, strict=True)
-                if score > -np.inf
-            ]
-            for row in zip(*rows, strict=True)
-        ]
+            group.append(generation)
+        key = self._runner.prompt_key(len(group), group[0].length)
+        del group[key[0] :]
+        prefix = self._runner.read([generation.request for generation in group], key)
+        self.counters.prefills += 1
+        for row, generation in enumerate(group):
+            generation.shared.prefix = (prefix, row)
 
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
-        max_new_tokens: int,
-        sampling: Sampling,
-        written: Collection[int],
-    ) -> Iterator[Int[np.ndarray, " B"]]:
-        """Yields one token per row and step, for exactly `max_new_tokens` steps unless the caller stops."""
-        batch = len(prompts)
-        if sampling.draw is not None and len(sampling.draw.seeds) != batch:
-            raise ValueError(
-                f"There are {batch} prompts and {len(sampling.draw.seeds)} seeds; expected one seed per prompt."
-            )
-        token_ids, lengths = self._pad_prompts(prompts, max_new_tokens)
-        images = self._pad_images(prompts, image_embeds, length=token_ids.shape[1])
-        caches = self._take_caches(batch)
-        num_slots = self.slots(int(lengths.max()) + max_new_tokens)
-        seen = self._mark(written, rows=batch)
-        sampling = jax.device_put(sampling)  # once, and not at every step
-        state: DecodeState
-        state, _ = self._prefill(
-            self._params, caches, token_ids, images, lengths, seen, sampling=sampling
+    def _insert(self, generation: Generation) -> None:
+        """Into the first free slot: the fewer rows a step runs over, the better."""
+        assert generation.shared.prefix is not None
+        slot = self._slots.index(None)
+        self._state, chosen = self._runner.insert(
+            self._state, *generation.shared.prefix, slot, generation.request
         )
-        try:
-            for _ in range(max_new_tokens - 1):
-                yield np.asarray(state.token)
-                state, _ = self._decode_step(
-                    self._params, state, sampling=sampling, num_slots=num_slots
-                )
-            yield np.asarray(state.token)
-        finally:
-            # Ctrl-C inside a step: the old cache was donated, the new one has no name. The next answer makes one.
-            if not state.caches[0].k.is_deleted():
-                self._free_caches[batch] = state.caches
+        self._start(generation, slot, chosen)
 
-    def _take_caches(self, batch: int) -> KVCache:
-        """The caches of the last answer to as many prompts, or new ones.
-
-        One slot more than is ever read: XLA's CPU compiler copies a cache that a step updates and reads as a whole, and
-        updates it in place where only a part of it is read.
-        """
-        return self._free_caches.pop(batch, None) or init_cache(
-            self.config.llama, batch, capacity=self.context + 1, dtype=self._dtype
+    def _extend(self, generation: Generation) -> bool:
+        """Continues what a free slot holds, if the prompt begins with enough of it; says whether it did."""
+        request = generation.request
+        slot, start = self._longest_resident(request)
+        if generation.shared.waiting > 1 or start < LEAST_REUSE:
+            return False
+        key = self._runner.extend_key(generation.length, start)
+        if key is None:
+            return False
+        self._state, chosen = self._runner.extend(
+            self._state, slot, request, embeds_behind(request, start), start=start, key=key
         )
+        self.counters.extends += 1
+        self.counters.reused_tokens += start
+        generation.reused = start
+        self._start(generation, slot, chosen)
+        return True
 
-    def _mark(self, tokens: Collection[int], *, rows: int) -> Bool[np.ndarray, "{rows} V"]:
-        marked = np.zeros((rows, self.config.llama.vocab_size), bool)
-        marked[:, list(tokens)] = True
-        return marked
+    def _longest_resident(self, request: Request) -> tuple[int, int]:
+        """The free slot that holds the longest beginning of a prompt, and its length: never the whole prompt, and
+        never a part of a picture."""
+        best = (0, 0)
+        for slot, (owner, resident) in enumerate(zip(self._slots, self._residents, strict=True)):
+            if owner is None:
+                common = common_start(request, resident)
+                if common > best[1]:
+                    best = (slot, common)
+        return best
 
-    def _pad_prompts(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-        if lengths.min() < 1 or lengths.max() + max_new_tokens > self.context:
-            raise ValueError(
-                f"Prompts have {lengths.min()} to {lengths.max()} tokens and {max_new_tokens} new ones are asked for; "
-                f"expected at least 1 and together at most {self.context}, the context."
+    def _start(self, generation: Generation, slot: int, chosen: Chosen) -> None:
+        """The first in the queue runs from here on: until now an interruption leaves it waiting."""
+        self._waiting.popleft()
+        self._slots[slot] = generation
+        generation.slot = slot
+        generation.asked = 1
+        self._begun(generation)
+        self._note(chosen, {0: generation})
+
+    def _begun(self, generation: Generation) -> None:
+        generation.shared.waiting -= 1
+        if not generation.shared.waiting:
+            generation.shared.prefix = None
+
+    # --- the step ---
+
+    def _dispatch(self) -> bool:
+        """Dispatches the next step, if any request wants another token."""
+        running = [g for g in self._slots if g and g.asked < g.request.max_new_tokens]
+        if not running:
+            return False
+        self._compact(running)
+        alive = np.zeros(self.num_slots, bool)
+        alive[[g.slot for g in running]] = True
+        self._state, chosen = self._runner.decode(
+            self._state,
+            alive,
+            last_slot=max(g.slot for g in running),
+            length=max(g.length + g.asked for g in running),
+            plain=all(g.request.is_plain for g in running),
+        )
+        self.counters.decode_steps += 1
+        for generation in running:
+            generation.asked += 1
+        self._note(chosen, {g.slot: g for g in running})
+        return True
+
+    def _compact(self, running: list[Generation]) -> None:
+        """Moves requests down into free slots where a step then runs over fewer rows."""
+        rows = self._runner.row_sizes
+        while True:
+            last = max(running, key=lambda generation: generation.slot)
+            used = self.num_slots - self.free_slots
+            if rows.fit(used) >= rows.fit(last.slot + 1):
+                return
+            source, target = last.slot, self._slots.index(None)
+            if target > source:
+                return
+            self._state = self._runner.move(self._state, source, target)
+            self._slots[source], self._slots[target] = None, last
+            self._residents[source] = Resident()
+            last.slot = target
+            self.counters.moves += 1
+
+    def _note(self, chosen: Chosen, generations: dict[int, Generation]) -> None:
+        """Remembers what to read, and lets it come over while the device goes on."""
+        if not any(g.request.logprobs for g in generations.values()):
+            chosen = Chosen(token=chosen.token, finite=chosen.finite, logprobs=None)
+        for leaf in jax.tree.leaves(chosen):
+            leaf.copy_to_host_async()
+        self._pending.append(Pending(chosen, generations))
+
+    def _collect(self, *, leave: int) -> list[Generation]:
+        """Reads all but the newest `leave` of what was dispatched."""
+        changed: dict[int, Generation] = {}
+        while len(self._pending) > leave:
+            pending = self._pending.popleft()
+            chosen: Chosen = jax.device_get(pending.chosen)
+            for row, generation in pending.generations.items():
+                if not generation.finished and chosen.token[row] >= 0:
+                    self._take(generation, chosen, row)
+                    changed[id(generation)] = generation
+        return list(changed.values())
+
+    def _take(self, generation: Generation, chosen: Chosen, row: int) -> None:
+        if not chosen.finite[row]:
+            generation.error = FloatingPointError(
+                "The model's logits are not finite; expected finite weights and a dtype that holds its activations."
             )
-        padded = np.zeros((len(prompts), self.bucket(int(lengths.max()))), np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        return padded, lengths
+            self._finish(generation, "error")
+            return
+        request, token = generation.request, int(chosen.token[row])
+        generation.ids.append(token)
+        if request.logprobs:
+            assert chosen.logprobs is not None
+            found = chosen.logprobs
+            pairs = zip(found.top_ids[row].tolist(), found.top[row].tolist(), strict=True)
+            generation.logprobs.append(
+                TokenLogprobs(chosen=float(found.chosen[row]), top=tuple(pairs))
+            )
+        if token in request.stop_tokens:
+            self._finish(generation, "stop")
+        elif len(generation.ids) == request.max_new_tokens:
+            self._finish(generation, "length")
 
-    def bucket(self, length: int) -> int:
-        """The padded length of a prompt: 64, 96, 128, 192, ... (powers of two and halfway between), or the context."""
-        power = max(64, 1 << (length - 1).bit_length())
-        halfway = power // 4 * 3
-        return min(halfway if 64 < length <= halfway else power, self.context)
+    def _finish(self, generation: Generation, reason: FinishReason) -> None:
+        generation.finish_reason = reason
+        if generation.slot >= 0:
+            images = tuple(generation.request.image_embeds)
+            self._residents[generation.slot] = Resident(generation.history(), images)
+            self._slots[generation.slot] = None
+            generation.slot = -1
 
-    def slots(self, length: int) -> int:
-        """Cache slots that are read at every step of an answer that ends at `length`: 256, 512, ..., or the context.
+    def _abandon(self, reason: FinishReason, error: Exception | None) -> list[Generation]:
+        """Ends everything in flight and begins with empty slots."""
+        ended = [generation for generation in self._slots if generation is not None]
+        if error is not None and not ended and self._waiting:
+            # Its own reading failed: left in the queue it would fail again for ever.
+            ended = [self._waiting.popleft()]
+            self._begun(ended[0])
+        for generation in ended:
+            generation.error = error
+            self._finish(generation, reason)
+        for generation in self._waiting:
+            generation.shared.prefix = None
+        self._pending.clear()
+        self._residents = [Resident() for _ in range(self.num_slots)]
+        self._state = self._runner.make_state()
+        return ended
 
-        One number for the whole answer, and few of them: each is a program of its own.
-        """
-        return min(max(256, 1 << (length - 1).bit_length()), self.context)
 
-    def _pad_images(
-        self,
-        prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
-        *,
-        length: int,
-    ) -> Float[Array, "B {length} D"]:
-        """As many rows as the bucket has tokens: any number of pictures fits, and none makes a new shape."""
-        width = self.config.llama.width
-        rows = [np.zeros((0, width), np.float32) if e is None else e for e in image_embeds]
-        for number, (prompt, embeds) in enumerate(zip(prompts, rows, strict=True)):
-            slots = sum(token == IMAGE_TOKEN_ID for token in prompt)
-            if slots != len(embeds):
-                raise ValueError(
-                    f"Prompt {number} has {slots} image slots and {len(embeds)} image embeddings; expected as many."
-                )
-        padded = np.zeros((len(rows), length, width), np.float32)
-        for number, embeds in enumerate(rows):
-            padded[number, : len(embeds)] = embeds
-        return jnp.asarray(padded)
+def _mark(tokens: Collection[int], vocab_size: int) -> np.ndarray:
+    marked = np.zeros(vocab_size, bool)
+    marked[list(tokens)] = True
+    return marked

@@ -6,23 +6,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from minigpt4_jax.generation.beam import BeamRules, beam_step, rank, start_beams
-from minigpt4_jax.generation.engine import Engine, Hypothesis
-from minigpt4_jax.generation.sampling import GREEDY
+from minigpt4_jax.generation.beam_search import Hypothesis
+from minigpt4_jax.generation.engine import Engine
+from minigpt4_jax.generation.sampling import Sampling
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import abstract_params, make_model
+from tests.engines import answer, counted_compiles, make_engine, make_request
 
 VOCAB, STEPS, STOP = 5, 5, 1
 CONTEXT = 100
@@ -49,7 +50,7 @@ def small_params(small_config: ModelConfig, draw_params: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def small(small_params: Any, small_config: ModelConfig) -> Engine:
-    return Engine(small_params, small_config, dtype=jnp.float32, context=32)
+    return make_engine(small_params, small_config, context=32)
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +160,26 @@ def assert_same(found: Sequence[Hypothesis], expected: Sequence[Answer]) -> None
 
 
 def run(engine: Engine, prompts: Sequence[Any], **changes: Any) -> list[list[Hypothesis]]:
-    settings: dict[str, Any] = {
-        "num_beams": 3,
-        "max_new_tokens": STEPS,
-        "stop_tokens": {STOP},
-        **changes,
-    }
-    return engine.beam_search(prompts, [None] * len(prompts), **settings)
+    settings = {"max_new_tokens": STEPS, "stop_tokens": {STOP}, **changes}
+    return search_with(engine, [(ids, None) for ids in prompts], **settings)
+
+
+def search_with(
+    engine: Engine,
+    prompts: Sequence[Any],
+    *,
+    num_beams: int = 3,
+    length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+    max_new_tokens: int,
+    **changes: Any,
+) -> list[list[Hypothesis]]:
+    sampling = Sampling(repetition_penalty=repetition_penalty)
+    requests = [
+        make_request(prompt, steps=max_new_tokens, sampling=sampling, **changes)
+        for prompt in prompts
+    ]
+    return engine.beam_search(requests, num_beams=num_beams, length_penalty=length_penalty)
 
 
 PENALTIES = [(1.0, 1.0), (0.6, 1.0), (0.0, 1.0), (2.0, 1.0), (-1.0, 1.0), (1.0, 1.3), (0.6, 0.8)]
@@ -266,14 +280,14 @@ def test_a_row_that_is_settled_takes_no_further_answers(small: Engine) -> None:
         jnp.zeros((2, VOCAB), bool),
         rules,
         num_beams=VOCAB - 1,
-        num_slots=8,
+        places=8,
     )
     state = dataclasses.replace(state, done=jnp.asarray([True, False]))
     before = np.asarray(state.finished.scores)
     likely = dataclasses.replace(
         rules, stops=np.ones(VOCAB, bool)
     )  # whatever comes next ends an answer
-    after = beam_step(small._params, state, likely, model=small._model)
+    after = beam_step(small._runner.params, state, likely, model=small._runner.model)
     np.testing.assert_array_equal(after.finished.scores[0], before[0])
     assert (np.asarray(after.finished.scores[1]) > before[1]).any()
     np.testing.assert_array_equal(rank(after, likely).scores[0], before[0])
@@ -322,21 +336,17 @@ def test_what_counts_as_written_is_penalized_from_the_first_token(
 
 @pytest.fixture(scope="module")
 def engine(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
-    return Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    return make_engine(tiny_params, tiny_config, context=CONTEXT)
 
 
 def find(engine: Engine, prompts: Sequence[Any], **changes: Any) -> list[list[Hypothesis]]:
-    settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 10, "stop_tokens": {3}, **changes}
-    return engine.beam_search(
-        [ids for ids, _ in prompts], [embeds for _, embeds in prompts], **settings
-    )
+    return search_with(engine, prompts, **{"max_new_tokens": 10, "stop_tokens": {3}, **changes})
 
 
 def test_one_beam_that_no_token_stops_is_greedy(engine: Engine, prompts: Any) -> None:
     found = find(engine, prompts, num_beams=1, stop_tokens=())
     for ((ids, _),), (prompt, embeds) in zip(found, prompts, strict=True):
-        greedy = engine.stream(prompt, embeds, max_new_tokens=10, stop_tokens=(), sampling=GREEDY)
-        assert ids == list(greedy)
+        assert ids == answer(engine, (prompt, embeds))
 
 
 def test_scores_are_those_of_the_full_model(engine: Engine, prompts: Any, full_logits: Any) -> None:
@@ -364,74 +374,47 @@ def test_rows_of_a_batch_are_searched_as_if_alone(engine: Engine, prompts: Any) 
             )
 
 
-def test_a_prompt_is_read_once_however_many_beams(
-    engine: Engine, prompts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find(engine, prompts)
-    place = engine._free_caches[len(prompts)][0].k.unsafe_buffer_pointer()
-    shapes: list[tuple[int, ...]] = []
-    real = engine._prefill
-
-    def note(params: Any, caches: Any, token_ids: Any, *rest: Any, **settings: Any) -> Any:
-        shapes.append(token_ids.shape)
-        return real(params, caches, token_ids, *rest, **settings)
-
-    monkeypatch.setattr(engine, "_prefill", note)
+def test_a_prompt_is_read_once_however_many_beams(engine: Engine, prompts: Any) -> None:
+    before = engine.counters.prefills
     find(engine, prompts, num_beams=5)
-    longest = max(len(ids) for ids, _ in prompts)
-    assert shapes == [(len(prompts), engine.bucket(longest))]
-    # And its cache serves the next answer.
-    assert engine._free_caches[len(prompts)][0].k.unsafe_buffer_pointer() == place
-
-
-@pytest.fixture
-def compiles() -> Iterator[list[str]]:
-    """One entry per program that XLA compiles while the test runs."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_s: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
+    assert engine.counters.prefills == before + 1
 
 
 def test_nothing_compiles_again_for_another_prompt_or_setting(
-    tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
+    tiny_params: Any, tiny_config: ModelConfig, prompts: Any
 ) -> None:
-    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
-    find(fresh, prompts[:1])
-    assert compiles, "the listener hears nothing; the test shows nothing"
-    compiles.clear()
-    find(fresh, prompts[2:3], max_new_tokens=17)
-    find(fresh, prompts[:1], length_penalty=0.2, repetition_penalty=1.4, written=[1, 2])
-    find(fresh, prompts[:1], stop_tokens={5, 6, 7}, max_new_tokens=1)
-    assert compiles == []
-    find(fresh, prompts[:1], num_beams=4)
-    assert compiles, "another number of beams is another program"
+    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT)
+    with counted_compiles() as compiles:
+        find(fresh, prompts[:1])
+        assert compiles, "the listener hears nothing; the test shows nothing"
+        compiles.clear()
+        find(fresh, prompts[2:3], max_new_tokens=17)
+        find(fresh, prompts[:1], length_penalty=0.2, repetition_penalty=1.4, written=[1, 2])
+        find(fresh, prompts[:1], stop_tokens={5, 6, 7}, max_new_tokens=1)
+        assert compiles == []
+        find(fresh, prompts[:1], num_beams=4)
+        assert compiles, "another number of beams is another program"
 
 
 def test_ctrl_c_inside_a_step_leaves_an_engine_that_answers(
     engine: Engine, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = find(engine, prompts)
-    real = engine._beam_step
+    real = engine._beams._step
 
     def interrupted(*args: Any) -> Any:
         real(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_beam_step", interrupted)
+        patch.setattr(engine._beams, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             find(engine, prompts)
     assert find(engine, prompts) == expected
 
 
 def test_placeholders_and_the_context_are_checked_as_for_other_answers(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="Prompt 0 has 1 image slots and 0 image embeddings"):
+    with pytest.raises(ValueError, match="prompt has 1 image slots and 0 image embeddings"):
         run(engine, [[1, IMAGE_TOKEN_ID]])
     with pytest.raises(ValueError, match=f"98 tokens and 5 new.*at most {CONTEXT}"):
         run(engine, [[1] * 98])

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import GREEDY, Sampling, make_sampling
+from minigpt4_jax.generation.programs import Ladder
+from minigpt4_jax.generation.requests import Request
+from minigpt4_jax.generation.sampling import GREEDY, Sampling
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import make_model
+from tests.engines import answer, answer_all, counted_compiles, make_engine, make_request
 
 CONTEXT = 100
 NEVER: tuple[int, ...] = ()
@@ -26,13 +26,7 @@ NEVER: tuple[int, ...] = ()
 
 @pytest.fixture(scope="module")
 def engine(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
-    return Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
-
-
-def answer(engine: Engine, prompt: Any, *, steps: int = 10, **changes: Any) -> list[int]:
-    ids, embeds = prompt
-    settings: dict[str, Any] = {"stop_tokens": NEVER, "sampling": GREEDY, **changes}
-    return list(engine.stream(ids, embeds, max_new_tokens=steps, **settings))
+    return make_engine(tiny_params, tiny_config, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +46,7 @@ def test_a_streamed_answer_is_what_the_full_model_says(
 def test_many_answers_at_once_are_the_answers_one_by_one(
     engine: Engine, prompts: Any, answers: list[list[int]]
 ) -> None:
-    found = engine.generate(
-        [ids for ids, _ in prompts],
-        [embeds if len(embeds) else None for _, embeds in prompts],
-        max_new_tokens=10,
-        stop_tokens=NEVER,
-        sampling=GREEDY,
-    )
-    assert found == answers
+    assert answer_all(engine, prompts) == answers
 
 
 def test_a_stop_token_ends_an_answer_and_is_in_it(
@@ -77,14 +64,7 @@ def test_a_row_that_stopped_does_not_stop_the_others(
     stop = answers[0][2]
     expected = [row[: row.index(stop) + 1] if stop in row else row for row in answers]
     assert len({len(row) for row in expected}) > 1
-    found = engine.generate(
-        [ids for ids, _ in prompts],
-        [embeds for _, embeds in prompts],
-        max_new_tokens=10,
-        stop_tokens=[stop],
-        sampling=GREEDY,
-    )
-    assert found == expected
+    assert answer_all(engine, prompts, stop_tokens=[stop]) == expected
 
 
 def test_one_token_can_be_asked_for(engine: Engine, prompts: Any, answers: Any) -> None:
@@ -92,7 +72,7 @@ def test_one_token_can_be_asked_for(engine: Engine, prompts: Any, answers: Any) 
 
 
 def test_the_penalty_is_part_of_the_call(engine: Engine, prompts: Any, answers: Any) -> None:
-    penalty = make_sampling(repetition_penalty=1.5)
+    penalty = Sampling(repetition_penalty=1.5)
     penalized = [answer(engine, prompt, sampling=penalty) for prompt in prompts]
     assert penalized != answers
     assert [answer(engine, prompt) for prompt in prompts] == answers
@@ -102,7 +82,7 @@ def test_what_counts_as_written_is_penalized_from_the_first_token(
     engine: Engine, prompts: Any, answers: Any
 ) -> None:
     first = answers[0][0]
-    penalty = make_sampling(repetition_penalty=1e6)
+    penalty = Sampling(repetition_penalty=1e6)
     assert answer(engine, prompts[0], steps=1, sampling=penalty) == [first]
     assert answer(engine, prompts[0], steps=1, sampling=penalty, written=[first]) != [first]
     assert answer(engine, prompts[0], steps=1, sampling=penalty, written=[first ^ 1]) == [first]
@@ -111,29 +91,22 @@ def test_what_counts_as_written_is_penalized_from_the_first_token(
 # --- chance ---
 
 
-def drawn(*seeds: int, **changes: Any) -> Sampling:
-    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 100, "top_p": 0.98, **changes}
-    return make_sampling(**settings, seeds=seeds)
+def drawn(seed: int, **changes: Any) -> Sampling:
+    return Sampling(**{"temperature": 1.5, "top_k": 100, "top_p": 0.98, **changes}, seed=seed)
 
 
 def test_the_same_seed_gives_the_same_answer_whatever_the_batch(
     engine: Engine, prompts: Any, answers: Any
 ) -> None:
     seeds = [3, 3, 2**32 - 1, 0]
-    alone = [
-        answer(engine, prompt, sampling=drawn(seed))
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    pairs = list(zip(prompts, seeds, strict=True))
+    alone = [answer(engine, prompt, sampling=drawn(seed)) for prompt, seed in pairs]
     assert alone != answers
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0]):
         found = engine.generate(
-            [prompts[row][0] for row in order],
-            [prompts[row][1] for row in order],
-            max_new_tokens=10,
-            stop_tokens=NEVER,
-            sampling=drawn(*[seeds[row] for row in order]),
+            [make_request(pairs[row][0], sampling=drawn(pairs[row][1])) for row in order]
         )
-        assert found == [alone[row] for row in order]
+        assert [generation.ids for generation in found] == [alone[row] for row in order]
 
 
 def test_another_seed_gives_another_answer(engine: Engine, prompts: Any) -> None:
@@ -146,40 +119,19 @@ def test_a_draw_from_one_token_is_greedy(engine: Engine, prompts: Any, answers: 
         assert answer(engine, prompts[0], sampling=drawn(5, **narrow)) == answers[0]
 
 
-def test_every_row_needs_a_seed(engine: Engine, prompts: Any) -> None:
-    with pytest.raises(ValueError, match="There are 1 prompts and 2 seeds; expected one seed per"):
-        answer(engine, prompts[0], sampling=drawn(1, 2))
-
-
 # --- compiling, memory ---
 
 
 @pytest.fixture
 def compiles() -> Iterator[list[str]]:
-    """One entry per program that XLA compiles while the test runs."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_s: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@contextmanager
-def without_signature_checks() -> Iterator[None]:
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    with counted_compiles() as seen:
+        yield seen
 
 
 def test_nothing_compiles_after_the_first_answer_of_a_bucket(
     tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
 ) -> None:
-    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT)
     # Another length, another answer length, a picture or none: the same bucket of 64, the same slots (the context).
     one, none = prompts[0], prompts[2]
     answer(fresh, one)
@@ -190,7 +142,7 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
     answer(fresh, (one[0] + [1] * 9, one[1]), stop_tokens={1})
     assert compiles == []
     longer = ([*one[0], *[2] * 40], one[1])
-    assert fresh.bucket(len(longer[0])) > 64
+    assert fresh._runner.prompt_sizes.fit(len(longer[0])) > 64
     answer(fresh, longer, steps=3)
     assert compiles, "a new bucket is a new program"
     compiles.clear()
@@ -202,7 +154,7 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
 def test_nothing_compiles_for_further_pictures(
     tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
 ) -> None:
-    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT)
     slots = tiny_config.num_image_tokens
     pixels = np.zeros((1, *[tiny_config.vit.image_size] * 2, 3), np.float32)
     shown = [fresh.encode_images(pixels)[0]]
@@ -213,6 +165,9 @@ def test_nothing_compiles_for_further_pictures(
     for pictures in (1, 2, 3, most):
         shown += [fresh.encode_images(pixels)[0]] * (pictures - len(shown))
         ids = [*[IMAGE_TOKEN_ID] * (slots * pictures), 5][:61]  # with 3 new tokens within 64 slots
+        if ids.count(IMAGE_TOKEN_ID) == slots * pictures:
+            # They stay on the device; then as NumPy, which need not be whole pictures.
+            fresh.generate([Request(prompt=ids, image_embeds=shown[:pictures], max_new_tokens=3)])
         answer(fresh, (ids, np.concatenate(shown)[: ids.count(IMAGE_TOKEN_ID)]), steps=3)
     assert compiles == []
 
@@ -220,7 +175,7 @@ def test_nothing_compiles_for_further_pictures(
 def test_nothing_compiles_for_other_settings_of_an_answer(
     tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
 ) -> None:
-    fresh = Engine(tiny_params, tiny_config, dtype=jnp.float32, context=CONTEXT)
+    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT)
     answer(fresh, prompts[0], sampling=drawn(0))
     answer(fresh, prompts[0], sampling=GREEDY)
     assert compiles, "the listener hears nothing; the test shows nothing"
@@ -232,43 +187,40 @@ def test_nothing_compiles_for_other_settings_of_an_answer(
         {"top_k": 7, "top_p": 0.1},
         {"top_p": 1.0},
         {"repetition_penalty": 1.3},
+        {"min_p": 0.2, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"logit_bias": ((4, 2.0),)},
     ):
         answer(fresh, prompts[0], sampling=drawn(9, **changed), written=[1])
-    answer(fresh, prompts[0], sampling=make_sampling(repetition_penalty=2.0), steps=4)
+    answer(fresh, prompts[0], sampling=Sampling(repetition_penalty=2.0), steps=4)
     assert compiles == []
 
 
-@pytest.mark.parametrize("name", ["_prefill", "_decode_step"])
+@pytest.mark.parametrize("name", ["insert", "decode", "extend", "move"])
 def test_the_cache_is_updated_in_place(
-    name: str, engine: Engine, prompts: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_params: Any, tiny_config: ModelConfig
 ) -> None:
-    real = getattr(engine, name)
-    aliased: list[int] = []
-
-    def record(params: Any, caches_or_state: Any, *rest: Any, **settings: Any) -> Any:
-        # `lower` rebuilds its arguments from abstract values, which the checked signatures do not know.
-        with without_signature_checks():
-            lowered = real.lower(params, caches_or_state, *rest, **settings)
-        aliased.append(lowered.compile().memory_analysis().alias_size_in_bytes)
-        given = jax.tree.leaves(getattr(caches_or_state, "caches", caches_or_state))
-        before = {leaf.unsafe_buffer_pointer() for leaf in given}
-        state, logits = real(params, caches_or_state, *rest, **settings)
-        assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.caches)} == before
-        assert all(leaf.is_deleted() for leaf in given), "the old cache can still be used"
-        return state, logits
-
-    monkeypatch.setattr(engine, name, record)
-    answer(engine, prompts[0], steps=2)
-    cfg = engine.config.llama
-    cache_bytes = 2 * cfg.num_layers * CONTEXT * cfg.num_kv_heads * cfg.head_dim * 4
-    assert aliased[0] >= cache_bytes
+    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=4)
+    long = [5] * 40
+    fresh.generate([make_request((long, None), steps=n) for n in (2, 3, 20)])
+    fresh.generate([make_request(([*long, 5, 5, 9], None), steps=2)])
+    program = fresh._runner.programs._found[name, fresh._runner.programs.keys(name)[0]]
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(fresh._state.caches))
+    memory = program.compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    # Nothing beside it is as large as one layer's keys: no copy of the cache is made on the way.
+    assert memory.temp_size_in_bytes < fresh._state.caches[0].k.nbytes or name != "decode"
 
 
-def test_the_cache_of_the_last_answer_serves_the_next(engine: Engine, prompts: Any) -> None:
-    answer(engine, prompts[0])
-    place = engine._free_caches[1][0].k.unsafe_buffer_pointer()
-    answer(engine, prompts[1])
-    assert engine._free_caches[1][0].k.unsafe_buffer_pointer() == place
+def test_a_step_gives_the_old_state_away(engine: Engine, prompts: Any) -> None:
+    generation = engine.submit(make_request(prompts[0]))[0]
+    engine.step()
+    before = engine._state
+    places = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(before.caches)}
+    engine.step()
+    after = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(engine._state.caches)}
+    assert after == places
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.caches))
+    engine.cancel(generation)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +228,7 @@ def roomy(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
     config = dataclasses.replace(
         tiny_config, llama=dataclasses.replace(tiny_config.llama, max_positions=2048)
     )
-    return Engine(tiny_params, config, dtype=jnp.float32, context=1100)
+    return make_engine(tiny_params, config, context=1100, num_slots=2)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +238,7 @@ def roomy(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
 def test_prompts_are_padded_to_powers_of_two_and_halfway_up_to_the_context(
     length: int, expected: int, roomy: Engine
 ) -> None:
-    assert roomy.bucket(length) == expected
+    assert roomy._runner.prompt_sizes.fit(length) == expected
 
 
 @pytest.mark.parametrize(
@@ -295,7 +247,7 @@ def test_prompts_are_padded_to_powers_of_two_and_halfway_up_to_the_context(
 def test_an_answer_reads_a_power_of_two_of_slots_up_to_the_context(
     length: int, expected: int, roomy: Engine
 ) -> None:
-    assert roomy.slots(length) == expected
+    assert roomy._runner.place_sizes.fit(length) == expected
 
 
 def test_an_answer_that_reads_few_slots_is_the_one_that_reads_all_of_them(
@@ -304,8 +256,8 @@ def test_an_answer_that_reads_few_slots_is_the_one_that_reads_all_of_them(
     # Drawn: left to itself the tiny model repeats one token, whatever part of the prompt it can see.
     sampling = drawn(4, top_k=0, top_p=1.0)
     few = answer(roomy, prompts[0], steps=20, sampling=sampling)
-    assert roomy.slots(len(prompts[0][0]) + 20) < roomy.context
-    monkeypatch.setattr(roomy, "slots", lambda length: roomy.context)
+    assert roomy._runner.place_sizes.fit(len(prompts[0][0]) + 20) < roomy.context
+    monkeypatch.setattr(roomy._runner, "place_sizes", Ladder((roomy.context,)))
     assert few == answer(roomy, prompts[0], steps=20, sampling=sampling)
 
 
@@ -316,14 +268,13 @@ def test_a_closed_stream_leaves_an_engine_that_answers(
     engine: Engine, prompts: Any, answers: list[list[int]]
 ) -> None:
     for taken in (1, 2, 5):
-        ids, embeds = prompts[0]
-        stream = engine.stream(ids, embeds, max_new_tokens=10, stop_tokens=NEVER, sampling=GREEDY)
+        stream = engine.stream(make_request(prompts[0]))
         assert [next(stream) for _ in range(taken)] == answers[0][:taken]
         stream.close()
         assert [answer(engine, prompt) for prompt in prompts] == answers
 
 
-@pytest.mark.parametrize("name", ["_prefill", "_decode_step"])
+@pytest.mark.parametrize("name", ["read", "insert", "decode"])
 def test_ctrl_c_inside_a_step_leaves_an_engine_that_answers(
     name: str,
     engine: Engine,
@@ -332,26 +283,24 @@ def test_ctrl_c_inside_a_step_leaves_an_engine_that_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The signal is raised after the compiled call, which took the old cache, and before its result has a name.
-    real = getattr(engine, name)
+    real = getattr(engine._runner, name)
 
     def interrupted(*args: Any, **settings: Any) -> Any:
         real(*args, **settings)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, name, interrupted)
+        patch.setattr(engine._runner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer(engine, prompts[0])
+    assert not engine.busy
     assert answer(engine, prompts[0]) == answers[0]
 
 
 def test_two_streams_side_by_side_do_not_share_a_cache(
     engine: Engine, prompts: Any, answers: list[list[int]]
 ) -> None:
-    streams = [
-        engine.stream(*prompt, max_new_tokens=10, stop_tokens=NEVER, sampling=GREEDY)
-        for prompt in prompts[:2]
-    ]
+    streams = [engine.stream(make_request(prompt)) for prompt in prompts[:2]]
     turns = [[next(stream) for stream in streams] for _ in range(10)]
     assert [list(tokens) for tokens in zip(*turns, strict=True)] == answers[:2]
     for stream in streams:
@@ -367,14 +316,30 @@ def test_placeholders_and_embeddings_must_match(
 ) -> None:
     ids, _ = prompts[0]
     embeds = np.zeros((rows, tiny_config.llama.width), np.float32) if rows else None
-    with pytest.raises(ValueError, match=f"Prompt 0 has 4 image slots and {rows} image embeddings"):
+    with pytest.raises(
+        ValueError, match=f"The prompt has 4 image slots and {rows} image embeddings"
+    ):
         answer(engine, (ids, embeds))
 
 
-@pytest.mark.parametrize(("length", "steps"), [(0, 5), (96, 5), (101, 1)])
+@pytest.mark.parametrize(("length", "steps"), [(96, 5), (101, 1)])
 def test_prompt_and_answer_must_fit_the_context(length: int, steps: int, engine: Engine) -> None:
     with pytest.raises(ValueError, match=f"{length} tokens and {steps} new.*at most {CONTEXT}"):
         answer(engine, ([1] * length, None), steps=steps)
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ()}, "The prompt is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ({"stop_tokens": range(17)}, "There are 17 stop tokens; expected at most 16"),
+    ],
+)
+def test_what_no_engine_can_run_is_no_request(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt": (1,), "max_new_tokens": 1, **changes})
 
 
 def test_the_context_can_be_filled_to_the_last_slot(engine: Engine, full_logits: Any) -> None:
@@ -388,7 +353,9 @@ def test_a_context_beyond_the_models_positions_is_refused(
     tiny_params: Any, tiny_config: ModelConfig
 ) -> None:
     with pytest.raises(UserError, match="context is 257; expected at most 256"):
-        Engine(tiny_params, tiny_config, dtype=jnp.float32, context=257)
+        make_engine(tiny_params, tiny_config, context=257)
+    with pytest.raises(UserError, match="num_slots is 0; expected at least 1"):
+        make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=0)
 
 
 def test_pictures_are_encoded_as_the_model_does(any_params: Any, any_config: ModelConfig) -> None:
@@ -398,8 +365,8 @@ def test_pictures_are_encoded_as_the_model_does(any_params: Any, any_config: Mod
     expected = jax.jit(
         lambda params, x: model.apply({"params": params}, x, method="encode_images")
     )(any_params, images)
-    engine = Engine(any_params, any_config, dtype=jnp.float32, context=CONTEXT)
-    found = engine.encode_images(images)
+    engine = make_engine(any_params, any_config, context=CONTEXT)
+    found = np.stack(engine.encode_images(images))
     assert found.dtype == np.float32
     assert found.shape == (3, any_config.num_image_tokens, any_config.llama.width)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -412,7 +379,7 @@ def test_a_placeholder_is_never_answered(answers: list[list[int]]) -> None:
 def test_bfloat16_generates_within_its_precision(
     tiny_params: Any, tiny_config: ModelConfig, prompts: Any, full_logits: Any
 ) -> None:
-    narrow = Engine(tiny_params, tiny_config, dtype=jnp.bfloat16, context=CONTEXT)
+    narrow = make_engine(tiny_params, tiny_config, dtype=jnp.bfloat16, context=CONTEXT)
     ids, embeds = prompts[0]
     found = answer(narrow, prompts[0], steps=6)
     logits = full_logits([*ids, *found], embeds)[len(ids) - 1 : -1]

@@ -21,13 +21,12 @@ import torch
 from convert.fetch import cache_folder, fetch_member
 from convert.smol import LANGUAGE, prepare_smol
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
-from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import GREEDY
 from minigpt4_jax.model_folder import ModelFolder
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
+from tests.engines import answer_all, make_engine
 
 CONFIG = get_preset("smol").model
 TOLERANCE = 1e-4
@@ -158,10 +157,8 @@ def test_greedy_text_of_ten_prompts_equals_transformers(
     prompts = [encode_question(tokenizer, question) for question in QUESTIONS]
     prompts += [tokenizer.encode(opening) for opening in OPENINGS]
     assert len(prompts) == 10
-    engine = Engine(params, CONFIG, dtype=jnp.float32, context=256)
-    ours = engine.generate(
-        prompts, [None] * 10, max_new_tokens=NEW_TOKENS, stop_tokens=(), sampling=GREEDY
-    )
+    engine = make_engine(params, CONFIG, context=256)
+    ours = answer_all(engine, [(prompt, None) for prompt in prompts], steps=NEW_TOKENS)
     model, _ = reference
     equal = 0
     for prompt, found in zip(prompts, ours, strict=True):

@@ -22,12 +22,11 @@ from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.data.prompts import LLAMA2, Picture, Special, encode_prompt
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.beam import Answers, BeamRules, beam_step, rank, start_beams
-from minigpt4_jax.generation.decode import DecodeState, decode_step, prefill, read_prompts
-from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.sampling import GREEDY, make_sampling, penalize_repetition
-from minigpt4_jax.models.kv_cache import init_cache
+from minigpt4_jax.generation.decode import prefill, read_tokens
+from minigpt4_jax.generation.sampling import Sampling, penalize_repetition
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, make_model
+from tests.engines import answer_all, make_engine, make_request
 
 SCORES: dict[str, Any] = {"atol": 3e-4, "rtol": 1e-4}
 BEAM_SCORES: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
@@ -59,20 +58,20 @@ def generate(
         token_ids[row, : len(prompts[row])] = prompts[row]
         images[row, : len(image_embeds[row])] = image_embeds[row]
         written[row, seen[row]] = True
-    caches = init_cache(config.llama, batch, capacity=longest + max_new_tokens, dtype=jnp.float32)
-    first, following = compiled(config)
-    sampling = make_sampling(repetition_penalty=penalty)
+    places = longest + max_new_tokens
+    read, following = compiled(config, places)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     params = convert_layout(params, DISK, DECODE, llama=config.llama)
-    state: DecodeState
-    before = jnp.asarray(written)
-    state, logits = first(params, caches, token_ids, images, lengths, before, sampling=sampling)
-    tokens, scores = [state.token], [penalize_repetition(logits, before, penalty=penalty)]
-    for _ in range(max_new_tokens - 1):
-        before = state.seen
-        state, logits = following(params, state, sampling=sampling)
-        tokens.append(state.token)
-        scores.append(penalize_repetition(logits, before, penalty=penalty))
+    prefix = read(params, token_ids, images, lengths)
+    caches = jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, 0), (0, 0), (0, max_new_tokens), (0, 0)]), prefix.caches
+    )
+    tokens, scores, logits = [], [], prefix.logits
+    for step in range(max_new_tokens):
+        scores.append(penalize_repetition(logits, jnp.asarray(written), penalty=penalty))
+        tokens.append(np.asarray(scores[-1]).argmax(-1).astype(np.int32))
+        np.put_along_axis(written, tokens[-1][:, None], values=True, axis=1)
+        logits, caches = following(params, caches, tokens[-1], lengths + step)
     return np.stack(tokens, axis=1), np.stack(scores, axis=1)
 
 
@@ -95,7 +94,6 @@ def search(
         token_ids[row, : len(prompts[row])] = prompts[row]
         images[row, : len(image_embeds[row])] = image_embeds[row]
         written[row, seen[row]] = True
-    num_slots = longest + knobs["max_new_tokens"]
     (length_before,) = {len(history) for history in seen}
     rules = BeamRules(
         stops=jnp.arange(config.llama.vocab_size) == stop,
@@ -105,35 +103,42 @@ def search(
     )
     params = convert_layout(params, DISK, DECODE, llama=config.llama)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    caches = init_cache(config.llama, batch, capacity=num_slots, dtype=jnp.float32)
     read, start, step, last = compiled_search(config)
-    logits, caches = read(params, caches, token_ids, images, lengths)
+    prefix = read(params, token_ids, images, lengths)
     state = start(
-        logits, caches, lengths, written, rules, num_beams=knobs["num_beams"], num_slots=num_slots
+        prefix.logits,
+        prefix.caches,
+        lengths,
+        written,
+        rules,
+        num_beams=knobs["num_beams"],
+        places=longest + knobs["max_new_tokens"],
     )
     for _ in range(knobs["max_new_tokens"] - 1):
         state = step(params, state, rules)
     return last(state, rules)
 
 
+def reader(config: ModelConfig) -> Any:
+    model = make_model(config, layout=DECODE, dtype=jnp.float32)
+    return jax.jit(functools.partial(prefill, model=model, cache_dtype=jnp.float32))
+
+
 @functools.cache
 def compiled_search(config: ModelConfig) -> tuple[Any, Any, Any, Any]:
     model = make_model(config, layout=DECODE, dtype=jnp.float32)
     return (
-        jax.jit(functools.partial(read_prompts, model=model)),
-        jax.jit(start_beams, static_argnames=("num_beams", "num_slots")),
+        reader(config),
+        jax.jit(start_beams, static_argnames=("num_beams", "places")),
         jax.jit(functools.partial(beam_step, model=model)),
         jax.jit(rank),
     )
 
 
 @functools.cache
-def compiled(config: ModelConfig) -> tuple[Any, Any]:
+def compiled(config: ModelConfig, places: int) -> tuple[Any, Any]:
     model = make_model(config, layout=DECODE, dtype=jnp.float32)
-    return (
-        jax.jit(functools.partial(prefill, model=model)),
-        jax.jit(functools.partial(decode_step, model=model)),
-    )
+    return reader(config), jax.jit(functools.partial(read_tokens, model=model, places=places))
 
 
 def finish(tokens: np.ndarray, special: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -199,14 +204,12 @@ def test_golden_llama_engine_answers_like_the_original(
     special = golden.special_ids(folder)
     config, params = golden.llama(folder)
     context = held["prompt_input_ids"].shape[1] + knobs["max_new_tokens"]
-    engine = Engine(params, config, dtype=jnp.float32, context=context)
-    prompts = recorded_prompts(held)
-    answers = engine.generate(
-        [[int(token) for token in prompt] for prompt in prompts],
-        [None] * len(prompts),
-        max_new_tokens=knobs["max_new_tokens"],
+    engine = make_engine(params, config, context=context)
+    answers = answer_all(
+        engine,
+        [(prompt, None) for prompt in recorded_prompts(held)],
+        steps=knobs["max_new_tokens"],
         stop_tokens={special["eos"]},
-        sampling=GREEDY,
     )
     written = held[f"{case}__sequences"]
     start = written.shape[1] - max(map(len, answers))
@@ -248,21 +251,21 @@ def test_golden_llama_every_answer_of_a_beam_search(
             ours = fill([*begun, *ids], sequences.shape[2], special)
             np.testing.assert_array_equal(ours, sequences[row, place], err_msg=f"{row}, {place}")
     if case.startswith("embeds__"):
-        engine = Engine(
-            params,
-            config,
-            dtype=jnp.float32,
-            context=max(map(len, prompts)) + knobs["max_new_tokens"],
-        )
-        answers = engine.beam_search(
-            [prompt.tolist() for prompt in prompts],
-            images,
+        longest = max(map(len, prompts)) + knobs["max_new_tokens"]
+        penalty = float(knobs.get("repetition_penalty", 1.0))
+        answers = make_engine(params, config, context=longest).beam_search(
+            [
+                make_request(
+                    prompt,
+                    steps=knobs["max_new_tokens"],
+                    stop_tokens={special["eos"]},
+                    written=[special["bos"]],
+                    sampling=Sampling(repetition_penalty=penalty),
+                )
+                for prompt in zip(prompts, images, strict=True)
+            ],
             num_beams=knobs["num_beams"],
             length_penalty=float(knobs.get("length_penalty", 1.0)),
-            repetition_penalty=float(knobs.get("repetition_penalty", 1.0)),
-            max_new_tokens=knobs["max_new_tokens"],
-            stop_tokens={special["eos"]},
-            written=[special["bos"]],
         )
         for row, hypotheses in enumerate(answers):
             for place, (ids, score) in enumerate(hypotheses[:kept]):
@@ -292,26 +295,26 @@ def test_golden_minigpt4_batch_answers(golden: Any, answer_case: tuple[str, str,
     ):
         np.testing.assert_array_equal(prompt, read_ids(row[counts == 1], table))
     longest = max(map(len, prompts)) + knobs["max_new_tokens"]
-    engine = Engine(params, config, dtype=jnp.float32, context=longest)
-    settings: dict[str, Any] = {
-        "max_new_tokens": knobs["max_new_tokens"],
-        "stop_tokens": {special["eos"]},
-        "written": [special["bos"]],
-    }
-    images, penalty = list(engine.encode_images(np.asarray(pictures))), knobs["repetition_penalty"]
+    engine = make_engine(params, config, context=longest)
+    requests = [
+        make_request(
+            prompt,
+            steps=knobs["max_new_tokens"],
+            stop_tokens={special["eos"]},
+            written=[special["bos"]],
+            sampling=Sampling(repetition_penalty=float(knobs["repetition_penalty"])),
+        )
+        for prompt in zip(prompts, engine.encode_images(np.asarray(pictures)), strict=True)
+    ]
     if knobs["num_beams"] > 1:
         found = engine.beam_search(
-            prompts,
-            images,
+            requests,
             num_beams=knobs["num_beams"],
             length_penalty=float(knobs["length_penalty"]),
-            repetition_penalty=float(penalty),
-            **settings,
         )
         answers = [hypotheses[0].ids for hypotheses in found]
     else:
-        sampling = make_sampling(repetition_penalty=float(penalty))
-        answers = engine.generate(prompts, images, sampling=sampling, **settings)
+        answers = [generation.ids for generation in engine.generate(requests)]
     output_ids = held[f"{case}__output_ids"]
     assert 1 + max(map(len, answers)) == output_ids.shape[1]
     for ids, row in zip(answers, output_ids, strict=True):

@@ -26,7 +26,14 @@ from minigpt4_jax.data.prompts import (
     training_pieces,
 )
 from minigpt4_jax.data.tokenizer import StreamDecoder, byte_tokenizer
-from minigpt4_jax.generation.sampling import choose, keep_likely, make_sampling, penalize_repetition
+from minigpt4_jax.generation.sampling import (
+    Sampling,
+    change_logits,
+    choose,
+    keep_likely,
+    make_rows,
+    penalize_repetition,
+)
 from minigpt4_jax.presets import ORIGINAL_GENERATION
 
 SHIPPED = {"vicuna0": VICUNA_V0, "llama2": LLAMA2, "minigptv2": MINIGPT_V2}
@@ -268,25 +275,30 @@ def test_golden_text_logits_processing(golden: Any, logits_case: str) -> None:
         logits[:, report["eos_token_id"]] = -np.inf
     seen = np.zeros(logits.shape, bool)
     np.put_along_axis(seen, ids, values=True, axis=1)
-    sampling = make_sampling(
-        repetition_penalty=knobs.get("repetition_penalty", 1.0),
-        temperature=knobs["temperature"],
-        top_k=knobs["top_k_in_effect"],
-        top_p=knobs["top_p"],
-        seeds=range(len(logits)),
-    )
-    draw = sampling.draw
+    settings = [
+        Sampling(
+            repetition_penalty=knobs.get("repetition_penalty", 1.0),
+            temperature=knobs["temperature"],
+            top_k=knobs["top_k_in_effect"],
+            top_p=knobs["top_p"],
+            seed=seed,
+        )
+        for seed in range(len(logits))
+    ]
+    rows = make_rows(settings, vocab_size=logits.shape[-1])
     processed = penalize_repetition(
-        jnp.asarray(logits), jnp.asarray(seen), penalty=sampling.repetition_penalty
+        jnp.asarray(logits), jnp.asarray(seen), penalty=rows.repetition_penalty[:, None]
     )
     assert_scores(processed, held["after_processors_inf"])
-    warped = keep_likely(processed / draw.temperature, top_k=draw.top_k, top_p=draw.top_p)
+    warped = keep_likely(processed / rows.temperature[:, None], top_k=rows.top_k, top_p=rows.top_p)
     assert_scores(warped, held["after_warpers_inf"])
     assert np.isfinite(warped).sum(axis=1).tolist() == knobs["kept_tokens_per_row"]
     np.testing.assert_allclose(jax.nn.softmax(warped), held["probabilities"], **PROBABILITIES)
     # And `choose` draws from just these.
     positions = jnp.zeros(len(logits), jnp.int32)
-    tokens = choose(jnp.asarray(logits), jnp.asarray(seen), positions, sampling=sampling)
+    counts = jnp.zeros(logits.shape, jnp.int32)
+    changed = change_logits(jnp.asarray(logits), jnp.asarray(seen), counts, rows=rows)
+    tokens = choose(changed, positions, rows=rows)
     assert all(held["probabilities"][row, token] > 0 for row, token in enumerate(tokens))
 
 

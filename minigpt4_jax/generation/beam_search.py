@@ -1,0 +1,74 @@
+"""The loop around `beam.py`: prompts in, the best answers out. A search has a cache of its own, beside the slots."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from minigpt4_jax.generation.beam import BeamRules, BeamState, beam_step, rank, start_beams
+from minigpt4_jax.generation.decode import Prefix
+from minigpt4_jax.models.minigpt4 import MiniGPT4, Params
+
+LENGTH_BEFORE = 1
+"""What the length of an answer counts in a beam search before its first token: the original's stand-in for a prompt."""
+
+
+class Hypothesis(NamedTuple):
+    """One of the answers that a beam search found."""
+
+    ids: list[int]
+    """The stop token included if one ends it."""
+    score: float
+    """Sum of the log-probabilities over `(1 + ids without the stop token) ** length_penalty`; higher is better."""
+
+
+class BeamSearch:
+    """The compiled functions of a search. Other prompts, stop tokens and penalties compile nothing; another number of
+    beams or of places does."""
+
+    def __init__(self, model: MiniGPT4) -> None:
+        self._start = jax.jit(start_beams, static_argnames=("num_beams", "places"))
+        self._step = jax.jit(functools.partial(beam_step, model=model), donate_argnums=1)
+        self._rank = jax.jit(rank)
+
+    def search(
+        self,
+        params: Params,
+        prefix: Prefix,
+        lengths: Int[np.ndarray, " B"],
+        seen: np.ndarray,
+        rules: BeamRules,
+        *,
+        num_beams: int,
+        places: int,
+        max_new_tokens: int,
+    ) -> list[list[Hypothesis]]:
+        """The `num_beams` best answers to each prompt of `prefix`, best first; fewer where there are not as many.
+
+        Every step waits for the device once, so that Ctrl-C ends a search between two steps.
+        """
+        state: BeamState = self._start(
+            prefix.logits, prefix.caches, lengths, seen, rules, num_beams=num_beams, places=places
+        )
+        for _ in range(max_new_tokens - 1):
+            if np.asarray(state.done).all():
+                break
+            state = self._step(params, state, rules)
+        found = self._rank(state, rules)
+        rows = jax.device_get((found.token_ids, found.lengths, found.scores))
+        return [_hypotheses(*row) for row in zip(*rows, strict=True)]
+
+
+def _hypotheses(
+    token_ids: np.ndarray, lengths: Sequence[int], scores: np.ndarray
+) -> list[Hypothesis]:
+    return [
+        Hypothesis(ids[:length].tolist(), float(score))
+        for ids, length, score in zip(token_ids, lengths, scores, strict=True)
+        if score > -np.inf
+    ]

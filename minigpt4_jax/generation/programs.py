@@ -1,0 +1,167 @@
+"""Compiled programs, found by name and size: compiled when first wanted, or all ahead and then never again.
+
+For: `Programs`, which the engine runs everything through, and `Ladder`, the few sizes that lengths and batches are
+rounded up to. Not for: what the programs compute (`decode.py`) nor when they run (`engine.py`).
+
+Every program is lowered from flat lists of arrays. Dispatch is then a plain call, arguments are donated leaf by leaf,
+and abstract values never pass through the checked signatures of the states.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+Key = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Sizes in ascending order; the last one is the largest that there is."""
+
+    steps: tuple[int, ...]
+
+    def fit(self, size: int) -> int:
+        """The smallest step that holds `size`. Raises `ValueError` above the last one."""
+        for step in self.steps:
+            if size <= step:
+                return step
+        raise ValueError(f"Size {size} is above {self.steps[-1]}, the largest there is.")
+
+
+def make_ladder(first: int, last: int, *, halfway: bool = False) -> Ladder:
+    """Powers of two from `first` on, `last`, and with `halfway` what lies between two powers."""
+    steps = set()
+    power = first
+    while power < last:
+        steps.add(power)
+        if halfway and power // 2 * 3 < last:
+            steps.add(power // 2 * 3)
+        power *= 2
+    return Ladder((*sorted(steps), last))
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program and the trees of its arguments and results."""
+
+    compiled: Any
+    in_tree: Any
+    out_tree: Any
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        if tree != self.in_tree:
+            raise ValueError(f"A program got {tree}; it was compiled for {self.in_tree}.")
+        return jax.tree.unflatten(self.out_tree, self.compiled(*leaves))
+
+
+class NotCompiled(RuntimeError):
+    """A program was asked for that was not compiled ahead, after compiling had been closed."""
+
+
+class Programs:
+    """The programs of one engine. `get` may be called from one thread while another compiles ahead."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, Key], Program] = {}
+        self._lock = threading.Lock()
+        self.closed = False
+        """True after everything that requests need was compiled: nothing is compiled for a request any more."""
+        self.compiled = 0
+        """Programs compiled so far."""
+        self.compiled_for_requests = 0
+        """Of these, those that a request had to wait for after `closed`. Stays 0."""
+
+    def get(self, name: str, key: Key, compile_it: Callable[[], Program]) -> Program:
+        """The program of this name and key; compiled now, if need be and allowed.
+
+        Raises:
+            NotCompiled: it is not there, and `closed` is set.
+        """
+        found = self._found.get((name, key))
+        if found is not None:
+            return found
+        if self.closed:
+            raise NotCompiled(
+                f"{name}{list(key)} was not compiled ahead; expected only sizes that were: {self.keys(name)}."
+            )
+        return self.add(name, key, compile_it)
+
+    def add(self, name: str, key: Key, compile_it: Callable[[], Program]) -> Program:
+        """Compiles ahead, whatever `closed` says; at most once."""
+        with self._lock:
+            found = self._found.get((name, key))
+            if found is None:
+                found = compile_it()
+                self.compiled += 1
+                self._found[name, key] = found
+            return found
+
+    def keys(self, name: str) -> list[Key]:
+        """Sizes that the program of this name was compiled for, ascending."""
+        return sorted(key for found, key in list(self._found) if found == name)
+
+    def choose(self, name: str, wanted: Key) -> Key:
+        """The sizes to run with: `wanted` while programs may be compiled; then the least compiled ones that hold it.
+
+        Raises:
+            NotCompiled: nothing that was compiled ahead is large enough.
+        """
+        if not self.closed or (name, wanted) in self._found:
+            return wanted
+        for key in self.keys(name):
+            if all(have >= need for have, need in zip(key, wanted, strict=True)):
+                return key
+        raise NotCompiled(
+            f"{name}{list(wanted)} was not compiled ahead, and nothing larger: {self.keys(name)}."
+        )
+
+
+def compile_program(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    donate: Sequence[int] = (),
+    place: Callable[[str], jax.sharding.Sharding] | None = None,
+) -> Program:
+    """Compiles `function` for arguments of these shapes, dtypes and shardings.
+
+    Args:
+        args: trees of arrays or `jax.ShapeDtypeStruct`.
+        donate: which of them are given away: their memory holds the results of the same shape and dtype.
+        place: the sharding of a result by its path in the tree of results; None lets XLA decide.
+    """
+    leaves, in_tree = jax.tree.flatten(tuple(args))
+    ends = [0]
+    for arg in args:
+        ends.append(ends[-1] + len(jax.tree.leaves(arg)))
+    donated = tuple(i for arg in donate for i in range(ends[arg], ends[arg + 1]))
+    out_tree: Any = None
+    paths: list[str] = []
+
+    def flat(*flat_args: Any) -> tuple[Any, ...]:
+        nonlocal out_tree
+        results = function(*jax.tree.unflatten(in_tree, flat_args))
+        out_tree = jax.tree.structure(results)
+        paths[:] = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(results)]
+        return tuple(jax.tree.leaves(results))
+
+    abstract = [as_abstract(leaf) for leaf in leaves]
+    settings: dict[str, Any] = {}
+    if place is not None:
+        jax.eval_shape(flat, *abstract)
+        settings["out_shardings"] = tuple(place(path) for path in paths)
+    compiled = jax.jit(flat, donate_argnums=donated, **settings).lower(*abstract).compile()
+    return Program(compiled=compiled, in_tree=in_tree, out_tree=out_tree)
+
+
+def as_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of an array."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))

@@ -1,0 +1,287 @@
+"""What the engine runs on the device: its compiled functions over one set of parameters, and the sizes they come in.
+
+For: padding requests into the few shapes that programs have, and compiling these on demand or all ahead. Not for: which
+request runs when (`engine.py`), nor what a program computes (`decode.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.generation.decode import (
+    Chosen,
+    Prefix,
+    Settings,
+    SlotState,
+    decode_step,
+    extend,
+    init_state,
+    insert,
+    make_settings,
+    move_row,
+    prefill,
+)
+from minigpt4_jax.generation.programs import (
+    NotCompiled,
+    Program,
+    Programs,
+    compile_program,
+    make_ladder,
+)
+from minigpt4_jax.generation.requests import Request
+from minigpt4_jax.models.layout import Layout
+from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
+
+READ_TOGETHER = (1, 2, 4)
+"""How many prompts of one size are read at once."""
+
+ENCODED_TOGETHER = (1, 4, 16)
+"""How many pictures are encoded at once."""
+
+USUAL_PROMPT = 128
+"""Tokens that a question about one picture fits in: compiled with the core set."""
+
+
+class Runner:
+    """The device side of one engine. See `Engine` for the arguments."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        context: int,
+        num_slots: int,
+        layout: Layout,
+        cache_dtype: DTypeLike,
+    ) -> None:
+        self.config = config
+        self.programs = Programs()
+        self.params = params
+        self.model = make_model(config, layout=layout, dtype=dtype)
+        self.prompt_sizes = make_ladder(64, context, halfway=True)
+        self._extend_sizes = make_ladder(16, context)  # a question is shorter than a prompt
+        self.place_sizes = make_ladder(256, context)
+        self.row_sizes = make_ladder(1, num_slots)
+        self._context = context
+        self._num_slots = num_slots
+        self._dtype = jnp.dtype(dtype)
+        self._cache_dtype = cache_dtype
+        self._vision = {name: params[name] for name in (*config.vision_parts, "llama_proj")}
+        self._alive: tuple[bytes, Array] | None = None
+
+    def make_state(self) -> SlotState:
+        """Empty slots.
+
+        They have one place more than is ever read: XLA's CPU compiler copies a cache that a step updates and reads as
+        a whole, and updates it in place where only a part of it is read.
+        """
+
+        def empty() -> SlotState:
+            return init_state(
+                self.config.llama, self._num_slots, capacity=self._context + 1, dtype=self._cache_dtype
+            )  # fmt: skip
+
+        state: SlotState = self._program("state", (), empty, ())()
+        return state
+
+    # --- prompts ---
+
+    def prompt_key(self, prompts: int, length: int) -> tuple[int, int]:
+        """How many prompts of this length to read together, at most `prompts`, and to what length they are padded."""
+        size = self.prompt_sizes.fit(length)
+        for together in sorted(READ_TOGETHER, reverse=True):
+            if together <= prompts:
+                try:
+                    batch, size = self.programs.choose("prefill", (together, size))
+                except NotCompiled:
+                    continue
+                return batch, size
+        raise NotCompiled(f"No program reads a prompt of {length} tokens.")
+
+    def read(self, requests: Sequence[Request], key: tuple[int, int]) -> Prefix:
+        """Prompts through `prefill`, padded to `key`: (prompts, tokens)."""
+        batch, _ = key
+        token_ids = np.zeros(key, np.int32)
+        lengths = np.ones(batch, np.int32)
+        for row, request in enumerate(requests):
+            lengths[row] = len(request.prompt)
+            token_ids[row, : lengths[row]] = request.prompt
+        images = self._place_images([request.image_embeds for request in requests], key)
+        args = (self.params, token_ids, images, lengths)
+        function = functools.partial(prefill, model=self.model, cache_dtype=self._cache_dtype)
+        prefix: Prefix = self._program("prefill", key, function, args)(*args)
+        return prefix
+
+    def insert(
+        self, state: SlotState, prefix: Prefix, row: int, slot: int, request: Request
+    ) -> tuple[SlotState, Chosen]:
+        """Puts a prompt that was read into a slot; takes the state away."""
+        key = (len(prefix.logits), prefix.caches[0].capacity)
+        length = np.asarray([len(request.prompt)], np.int32)
+        args = (state, prefix, np.int32(row), np.int32(slot), length, self.settings(request))
+        found: tuple[SlotState, Chosen] = self._program("insert", key, insert, args, donate=(0,))(
+            *args
+        )
+        return found
+
+    def extend_key(self, length: int, start: int) -> tuple[int, int] | None:
+        """Padded length of what follows the first `start` tokens, and places that are read; None if nothing fits."""
+        size = self._extend_sizes.fit(length - start)
+        if start + size > self._context:
+            return None
+        try:
+            size, places = self.programs.choose(
+                "extend", (size, self.place_sizes.fit(start + size))
+            )
+        except NotCompiled:
+            return None
+        return (size, places) if start + size <= places else None
+
+    def extend(
+        self,
+        state: SlotState,
+        slot: int,
+        request: Request,
+        image_embeds: Sequence[Any],
+        *,
+        start: int,
+        key: tuple[int, int],
+    ) -> tuple[SlotState, Chosen]:
+        """Reads a prompt behind its first `start` tokens, which are in the slot; takes the state away.
+
+        `image_embeds` are those behind `start`.
+        """
+        size, places = key
+        length = len(request.prompt)
+        token_ids = np.zeros((1, size), np.int32)
+        token_ids[0, : length - start] = request.prompt[start:]
+        args = (
+            self.params, state, np.int32(slot), token_ids,
+            self._place_images([image_embeds], (1, size)), np.int32(start),
+            np.asarray([length], np.int32), self.settings(request),
+        )  # fmt: skip
+        function = functools.partial(extend, model=self.model, places=places)
+        found: tuple[SlotState, Chosen] = self._program("extend", key, function, args, donate=(1,))(
+            *args
+        )
+        return found
+
+    def settings(self, request: Request) -> Settings:
+        """What `insert` is told about a request."""
+        return make_settings(
+            self.config.llama,
+            [request.sampling],
+            max_new_tokens=request.max_new_tokens,
+            min_new_tokens=request.min_new_tokens,
+            stop_tokens=tuple(sorted(set(request.stop_tokens))),
+            written=tuple(request.written),
+        )
+
+    # --- steps ---
+
+    def decode(
+        self, state: SlotState, alive: Bool[np.ndarray, " B"], *, last_slot: int, length: int, plain: bool
+    ) -> tuple[SlotState, Chosen]:  # fmt: skip
+        """One step over the slots up to `last_slot`, which read `length` places at most; takes the state away."""
+        wanted = (self.row_sizes.fit(last_slot + 1), self.place_sizes.fit(length), int(not plain))
+        rows, places, full = key = self.programs.choose("decode", wanted)
+        function = functools.partial(
+            decode_step, model=self.model, rows=rows, places=places, plain=not full
+        )
+        args = (self.params, state, self._placed(alive))
+        found: tuple[SlotState, Chosen] = self._program("decode", key, function, args, donate=(1,))(
+            *args
+        )
+        return found
+
+    def _placed(self, alive: Bool[np.ndarray, " B"]) -> Array:
+        """On the device; the same array as long as nothing changes."""
+        if self._alive is None or self._alive[0] != alive.tobytes():
+            self._alive = (alive.tobytes(), jax.device_put(alive))
+        return self._alive[1]
+
+    def move(self, state: SlotState, source: int, target: int) -> SlotState:
+        """Moves what is in a slot to another one; takes the state away."""
+        args = (state, np.int32(source), np.int32(target))
+        moved: SlotState = self._program("move", (), move_row, args, donate=(0,))(*args)
+        return moved
+
+    # --- pictures ---
+
+    def encode_images(
+        self, images: Float[np.ndarray, "I height width 3"]
+    ) -> list[Float[Array, "T D"]]:
+        """See `Engine.encode_images`."""
+        found: list[Array] = []
+        while len(found) < len(images):
+            left = len(images) - len(found)
+            wanted = max(count for count in ENCODED_TOGETHER if count <= left)
+            (batch,) = self.programs.choose("encode", (wanted,))
+            taken = images[len(found) : len(found) + batch]
+            part = np.zeros((batch, *images.shape[1:]), np.float32)
+            part[: len(taken)] = taken
+            args = (self._vision, part)
+            found += self._program("encode", (batch,), self._encode, args)(*args)[: len(taken)]
+        return found
+
+    def _encode(self, vision: Params, images: Array) -> list[Array]:
+        return list(apply_method(self.model, vision, "encode_images", images))
+
+    def _place_images(
+        self, pictures: Sequence[Sequence[Any]], key: tuple[int, int]
+    ) -> Float[Array, "B S D"] | Float[np.ndarray, "B S D"]:
+        """Image embeddings in rows that `prefill` takes: as many as the prompts have tokens, so that any number of
+        pictures fits and none makes a new shape. What is on the device stays there."""
+        shape, rows = (*key, self.config.llama.width), self.config.num_image_tokens
+        # Compiled with the first prompt of a size, whatever pictures it has: a later one waits for nothing.
+        blank = self._program("blank", key, functools.partial(jnp.zeros, shape, self._dtype), ())
+        abstract = (
+            jax.ShapeDtypeStruct(shape, self._dtype),
+            jax.ShapeDtypeStruct((rows, shape[-1]), self._dtype),
+            np.int32(0),
+            np.int32(0),
+        )
+        place = self._program("place", key, _place_image, abstract, donate=(0,))
+        flat = [embeds for images in pictures for embeds in images]
+        if not all(isinstance(e, jax.Array) and e.shape[0] == rows for e in flat):
+            padded = np.zeros(shape, self._dtype)
+            for number, images in enumerate(pictures):
+                if images:
+                    joined = np.concatenate([np.asarray(e, np.float32) for e in images])
+                    padded[number, : len(joined)] = joined
+            return padded
+        placed: Array = blank()
+        for number, images in enumerate(pictures):
+            for order, embeds in enumerate(images):
+                placed = place(placed, embeds, np.int32(number), np.int32(order * rows))
+        return placed
+
+    # --- compiling ---
+
+    def _program(
+        self,
+        name: str,
+        key: tuple[int, ...],
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        *,
+        donate: Sequence[int] = (),
+    ) -> Program:
+        return self.programs.get(name, key, lambda: compile_program(function, args, donate=donate))
+
+
+def _place_image(
+    rows: Float[Array, "B S D"], image: Float[Array, "T D"], row: Int[Array, ""], at: Int[Array, ""]
+) -> Float[Array, "B S D"]:
+    return jax.lax.dynamic_update_slice(rows, image[None].astype(rows.dtype), (row, at, 0))

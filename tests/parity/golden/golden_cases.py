@@ -261,6 +261,15 @@ def composition_cases(golden: GoldenSet) -> list[tuple[str, str, dict[str, Any]]
     ]
 
 
+def select_cases(golden: GoldenSet) -> list[tuple[str, str]]:
+    """(folder, case) of answers that were ranked by their losses."""
+    return [
+        (folder, name)
+        for folder, name, record in composition_cases(golden)
+        if "candidates_per_sample" in record
+    ]
+
+
 def picture_cases(golden: GoldenSet) -> list[str]:
     """`tall.jpg`...: every file of the folder that is a picture with its arrays beside it."""
     files = sorted((golden.folder / IMAGES).glob("*"))
@@ -359,6 +368,7 @@ CASES: dict[str, Callable[[GoldenSet], list[Any]]] = {
     "composition_on_vicuna": lambda golden: [x for x in compositions(golden) if x == V1],
     "other_vit_file": other_vit_files,
     "answer_case": answer_cases,
+    "select_case": select_cases,
     "picture": picture_cases,
     "decoded_picture": lambda golden: picture_arrays(golden, "decoded_rgb_u8"),
     "resized_picture": lambda golden: picture_arrays(golden, "resized_u8_"),

@@ -26,7 +26,7 @@ from PIL import Image
 
 from minigpt4_jax import loading
 from minigpt4_jax.answers import Answer, AnswerRun, Ask, KeyT, Outcome
-from minigpt4_jax.asking import Normalise, Scored, rank
+from minigpt4_jax.asking import Scored, rank
 from minigpt4_jax.chat import Chat
 from minigpt4_jax.config import UserError
 from minigpt4_jax.conversation import Conversation
@@ -272,7 +272,7 @@ class MiniGPT4:
         prompt: str,
         candidates: Sequence[str],
         *,
-        normalise: Normalise = "tokens",
+        normalise: str = "tokens",
     ) -> list[Scored]:
         """Candidates as answers to a question, the likeliest first; of equal ones the earlier.
 

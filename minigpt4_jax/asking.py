@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.conversation import Conversation
@@ -23,7 +23,8 @@ from minigpt4_jax.generation.sampling import Sampling
 from minigpt4_jax.generation.score import Candidates, multi_select
 from minigpt4_jax.presets import MAX_SEED, GenerationConfig
 
-Normalise = Literal["tokens", "none", "original"]
+NORMALISATIONS = ("tokens", "none", "original")
+"""What a candidate's log-probability may be divided by: see `MiniGPT4.score`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +105,15 @@ def rank(
     prompt: str,
     candidates: Sequence[str],
     tokenizer: Tokenizer,
-    normalise: Normalise,
+    normalise: str,
 ) -> list[Scored]:
     """Candidates as answers to `prompt`, asked next in a conversation (of embeddings); see `MiniGPT4.score`."""
     if isinstance(candidates, str) or not candidates or not all(map(str.strip, candidates)):
         raise UserError(
             f"candidates is {candidates!r}; expected a list of texts, at least one and none of them empty."
         )
+    if normalise not in NORMALISATIONS:
+        raise UserError(f"normalise is {normalise!r}; expected one of {', '.join(NORMALISATIONS)}.")
     answers = [
         encode_answer(conversation.template, text, tokenizer=tokenizer) for text in candidates
     ]
@@ -120,15 +123,10 @@ def rank(
         answers=tuple(map(tuple, answers)),
     )
     (found,) = engine.score([question])
-    match normalise:
-        case "tokens":
-            scores = [one.logprob / one.num_tokens for one in found]
-        case "none":
-            scores = [one.logprob for one in found]
-        case "original":
-            scores = [-float(loss) for loss in multi_select([found])[0][0]]
-        case _:
-            raise UserError(f"normalise is {normalise!r}; expected one of tokens, none, original.")
+    if normalise == "original":
+        scores = [-float(loss) for loss in multi_select([found])[0][0]]
+    else:
+        scores = [one.logprob / (one.num_tokens if normalise == "tokens" else 1) for one in found]
     ranked = [
         Scored(
             candidate=text,

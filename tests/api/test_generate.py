@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 

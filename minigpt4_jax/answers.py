@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -113,7 +113,7 @@ class AnswerRun(Generic[KeyT]):
         self._ready: deque[_Job[KeyT]] = deque()
         self._open: list[_Job[KeyT]] = []
 
-    def answer(self, asks: Iterable[Ask[KeyT]]) -> Iterator[tuple[KeyT, Outcome]]:
+    def answer(self, asks: Iterable[Ask[KeyT]]) -> Generator[tuple[KeyT, Outcome], None, None]:
         """Yields key and outcome of every question, in the order in which they are finished.
 
         Never more than twice as many questions as the engine has slots are taken from `asks` and unfinished.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -236,7 +236,7 @@ class MiniGPT4:
         generation: GenerationConfig | None = None,
         n: int = 1,
         logprobs: bool = False,
-    ) -> Iterator[tuple[KeyT, Outcome]]:
+    ) -> Generator[tuple[KeyT, Outcome], None, None]:
         """Yields (key, answers) of each question as it is finished, whatever their number: they are taken as needed.
 
         A question that cannot be asked (a bad picture, a prompt that does not fit) is answered with the `UserError`

@@ -46,7 +46,7 @@ class CaptionFile:
         """Pictures that have a row; whether it is an error."""
         self.mended: list[str] = []
         """What was changed in the file of an earlier run, in sentences."""
-        self._open()
+        self._file = self._open()
         try:
             self._take_up(retry_errors=retry_errors)
         except BaseException:
@@ -98,15 +98,17 @@ class CaptionFile:
             os.close(self._file)
             self._file = -1
 
-    def _open(self) -> None:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    def _open(self) -> int:
+        """The file, made if need be and held: the descriptor."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
+            os.close(file)
             raise UserError(
                 f"{self.path} is being written by another run. Wait for it, or choose another --out."
             ) from error
+        return file
 
     def _take_up(self, *, retry_errors: bool) -> None:
         content = self.path.read_bytes()
@@ -138,7 +140,7 @@ class CaptionFile:
         beside.write_bytes(b"".join(line + b"\n" for line in lines))
         os.replace(beside, self.path)
         self.close()
-        self._open()
+        self._file = self._open()
 
     def _read_meta(self) -> dict[str, Any]:
         try:

@@ -86,7 +86,7 @@ class Chat:
         finally:
             self.last_answer = self._conversation.add_answer(answer.text, answer.ids)
 
-    def _write(self, prompt: Sequence[int]) -> Generator[int]:
+    def _write(self, prompt: Sequence[int]) -> Generator[int, None, None]:
         """The ids of the answer to the last question. Closing it takes the request back."""
         chat, config = self._conversation, self._generation
         limit = min(config.max_new_tokens, chat.room)

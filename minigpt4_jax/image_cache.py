@@ -9,6 +9,7 @@ Not in the original, which encodes a picture once per conversation and forgets i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections import OrderedDict
@@ -136,7 +137,7 @@ class ImageEncoder:
         self.cache = cache
         self._encode = encode
         self._model = model
-        self._settings = {"size": size, "mean": tuple(mean), "std": tuple(std)}
+        self._preprocess = functools.partial(preprocess, size=size, mean=mean, std=std)
         self._version = f"{PREPROCESSING} {size} {tuple(mean)} {tuple(std)}"
 
     def prepare(self, picture: Picture) -> PreparedImage:
@@ -146,7 +147,7 @@ class ImageEncoder:
         image = load_image(picture)
         key = ImageKey(self._model, self._version, hash_pixels(image))
         found = self.cache.peek(key)
-        pixels = preprocess(image, **self._settings) if found is None else None
+        pixels = self._preprocess(image) if found is None else None
         return PreparedImage(key, pixels, found)
 
     def embed(self, pictures: Sequence[Picture]) -> list[Any]:

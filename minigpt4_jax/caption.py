@@ -108,7 +108,7 @@ def _walk(
     def stop(error: OSError) -> None:
         raise error
 
-    paths = []
+    items = []
     for place, folders, files in os.walk(folder, onerror=stop):
         here = Path(place)
         left_out["hidden"] += sum(name.startswith(".") for name in folders)
@@ -119,11 +119,10 @@ def _walk(
             if name.startswith("."):
                 left_out["hidden"] += 1
             elif path.suffix.lower() in suffixes:
-                paths.append(path)
+                items.append(Item(path.relative_to(folder).as_posix(), path, None))
             elif path.absolute() not in ignore:
                 left_out[path.suffix.lower() or "without a suffix"] += 1
-    for path in sorted(paths):
-        yield Item(path.relative_to(folder).as_posix(), path, None)
+    yield from sorted(items, key=lambda item: item.image)
 
 
 def _read_list(file: Path) -> Iterator[Item]:

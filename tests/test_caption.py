@@ -19,7 +19,7 @@ def touch(*paths: Path) -> None:
 
 
 def test_a_folder_gives_all_pictures_below_it_in_order_and_counts_the_rest(tmp_path: Path) -> None:
-    names = ["b.JPG", "a/z.png", "a/b/c.webp", "ü.gif"]
+    names = ["b.JPG", "a/z.png", "a/b/c.webp", "ü.gif", *(f"{n}.png" for n in range(20))]
     others = [
         "notes.txt",
         "a/notes.txt",
@@ -33,7 +33,7 @@ def test_a_folder_gives_all_pictures_below_it_in_order_and_counts_the_rest(tmp_p
     (tmp_path / "link").symlink_to(tmp_path / "a")
     found, left_out = list_pictures(tmp_path, ignore=[tmp_path / "o.jsonl"])
     assert [item.image for item in found] == sorted(names)
-    assert found[0] == Item("a/b/c.webp", tmp_path / "a/b/c.webp", None)
+    assert Item("a/b/c.webp", tmp_path / "a/b/c.webp", None) in found
     expected = {".txt": 2, "without a suffix": 1, ".mp4": 1, "hidden": 2, "linked folders": 1}
     assert left_out == expected
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from minigpt4_jax.generation.beam import BeamRules, BeamState, beam_step, rank, start_beams
 from minigpt4_jax.generation.decode import Prefix
@@ -41,7 +40,7 @@ class BeamSearch:
         params: Params,
         prefix: Prefix,
         lengths: Int[np.ndarray, " B"],
-        seen: np.ndarray,
+        seen: Bool[np.ndarray, "B V"],
         rules: BeamRules,
         *,
         num_beams: int,
@@ -65,7 +64,9 @@ class BeamSearch:
 
 
 def _hypotheses(
-    token_ids: np.ndarray, lengths: Sequence[int], scores: np.ndarray
+    token_ids: Int[np.ndarray, "W A"],
+    lengths: Int[np.ndarray, " W"],
+    scores: Float[np.ndarray, " W"],
 ) -> list[Hypothesis]:
     return [
         Hypothesis(ids[:length].tolist(), float(score))

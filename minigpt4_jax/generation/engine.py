@@ -14,64 +14,28 @@ batches of prompts that end at different times.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.generation.beam import BeamRules
 from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, Hypothesis
-from minigpt4_jax.generation.decode import Chosen
-from minigpt4_jax.generation.requests import (
-    FinishReason,
-    Generation,
-    Request,
-    SharedPrompt,
-    TokenLogprobs,
-)
-from minigpt4_jax.generation.residents import (
-    LEAST_REUSE,
-    Resident,
-    common_start,
-    embeds_behind,
-)
+from minigpt4_jax.generation.loop import Loop
+from minigpt4_jax.generation.requests import Generation, Request
 from minigpt4_jax.generation.runner import Runner
 from minigpt4_jax.models.layout import DECODE, Layout
 from minigpt4_jax.models.minigpt4 import Params
 
-
-@dataclass
-class Counters:
-    """What the engine did so far."""
-
-    decode_steps: int = 0
-    """Dispatched, each for all active slots together."""
-    prefills: int = 0
-    extends: int = 0
-    moves: int = 0
-    images: int = 0
-    """Encoded."""
-    reused_tokens: int = 0
-    """Of prompts, that were not read again."""
-    faults: int = 0
-    """Steps that failed; each ended what was in flight and left empty slots behind."""
+CompileProgress = Callable[[int, int], None]
+"""Called with (programs done, programs in all)."""
 
 
-@dataclass
-class Pending:
-    """A dispatched program whose choices were not read yet."""
-
-    chosen: Chosen
-    generations: dict[int, Generation]
-    """By the row of `chosen`."""
-
-
-class Engine:
+class Engine(Loop):
     """Compiled generation over one set of parameters.
 
     Args:
@@ -81,7 +45,8 @@ class Engine:
         context: the longest prompt plus answer, in tokens.
         num_slots: how many answers are written at once; the cache is allocated for all of them.
         layout: of `params`, one of the fused layouts.
-        cache_dtype: of the KV cache; default: `dtype`.
+        cache_dtype: of the KV cache: `dtype`, which is the default, or int8.
+        mesh: over whose axis `tensor` the parameters lie already (`layout` is cut for it) and the cache will.
 
     Raises:
         UserError: `context` is more than the model's positions, or there are no slots.
@@ -97,6 +62,7 @@ class Engine:
         num_slots: int = 8,
         layout: Layout = DECODE,
         cache_dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         if context > config.llama.max_positions:
             raise UserError(
@@ -106,10 +72,7 @@ class Engine:
         if num_slots < 1:
             raise UserError(f"num_slots is {num_slots}; expected at least 1.")
         self.config = config
-        self.context = context
-        self.num_slots = num_slots
-        self.counters = Counters()
-        self._runner = Runner(
+        runner = Runner(
             params,
             config,
             dtype=dtype,
@@ -117,79 +80,45 @@ class Engine:
             num_slots=num_slots,
             layout=layout,
             cache_dtype=dtype if cache_dtype is None else cache_dtype,
+            mesh=mesh,
         )
-        self._beams = BeamSearch(self._runner.model)
-        self._waiting: deque[Generation] = deque()
-        self._pending: deque[Pending] = deque()
-        self._slots: list[Generation | None] = [None] * num_slots
-        self._residents = [Resident() for _ in range(num_slots)]
-        self._state = self._runner.make_state()
+        super().__init__(runner, num_slots=num_slots, context=context)
+        self._beams = BeamSearch(runner.model)
+
+    # --- compiling ---
+
+    @property
+    def ready(self) -> bool:
+        """Whether `compile_core` has run: from then on no request waits for a compiler."""
+        return self._runner.programs.closed
+
+    @property
+    def compiled_programs(self) -> int:
+        """How many programs were compiled so far. After `ready` only `compile_rest` adds to them."""
+        return self._runner.programs.compiled
+
+    def compile_core(self, progress: CompileProgress | None = None) -> None:
+        """Compiles what any request can be served with, ahead; the engine is `ready` then.
+
+        A request that no compiled program fits exactly runs with the next larger one. Without this, programs are
+        compiled when they are first wanted. Beams are not among them: a search compiles its own at its first use.
+        """
+        self._compile(self._runner.core(self._state), progress)
+        self._runner.programs.closed = True
+
+    def compile_rest(self, progress: CompileProgress | None = None) -> None:
+        """Compiles the other sizes, which make requests cheaper. May run in a thread of its own while requests are
+        served; what it compiled is used as soon as it is there."""
+        self._compile(self._runner.rest(self._state), progress)
+
+    def _compile(self, jobs: Sequence[Callable[[], Any]], progress: CompileProgress | None) -> None:
+        with self._runner.programs.ahead():
+            for number, job in enumerate(jobs):
+                job()
+                if progress is not None:
+                    progress(number + 1, len(jobs))
 
     # --- requests ---
-
-    def submit(self, request: Request, *, count: int = 1) -> list[Generation]:
-        """Queues a request; `count` answers to it are written side by side and its prompt is read once.
-
-        With a seed, answer `i` draws by `seed + i`.
-
-        Raises:
-            ValueError: prompt and answer together exceed the context.
-        """
-        self._require_room(request)
-        shared = SharedPrompt(waiting=count)
-        found = [
-            Generation(request=request.with_seed_plus(number), shared=shared)
-            for number in range(count)
-        ]
-        self._waiting.extend(found)
-        return found
-
-    def _require_room(self, request: Request) -> None:
-        if len(request.prompt) + request.max_new_tokens > self.context:
-            raise ValueError(
-                f"The prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for; "
-                f"expected together at most {self.context}, the context."
-            )
-
-    def cancel(self, generation: Generation) -> None:
-        """Ends a request, waiting or running. Its slot is free at once; nothing is read for it any more."""
-        if generation.finished:
-            return
-        if generation.slot < 0:
-            self._waiting.remove(generation)
-            self._begun(generation)
-        self._finish(generation, "cancelled")
-
-    @property
-    def busy(self) -> bool:
-        """Whether any request waits or runs."""
-        return bool(self._waiting) or any(self._slots)
-
-    @property
-    def free_slots(self) -> int:
-        """Slots that no request has."""
-        return self._slots.count(None)
-
-    def step(self) -> list[Generation]:
-        """One round of the loop; returns the requests that got a token or ended.
-
-        A fault of the device ends every request in flight with `finish_reason` "error", and the slots are made anew;
-        what waits goes on waiting.
-        """
-        try:
-            self._admit()
-            dispatched = self._dispatch()
-            return self._collect(leave=1 if dispatched else 0)
-        except (
-            Exception
-        ) as error:  # whatever the device raises: the donated state is lost, the engine goes on
-            self.counters.faults += 1
-            return self._abandon("error", error)
-        except (
-            BaseException
-        ):  # Ctrl-C inside a dispatch: the old state was donated, the new one has no name
-            self._abandon("cancelled", None)
-            raise
 
     def stream(self, request: Request) -> Iterator[int]:
         """Yields the ids of one answer as they are chosen, the stop token included. Closing it cancels the request.
@@ -234,22 +163,32 @@ class Engine:
     ) -> list[list[Hypothesis]]:
         """The `num_beams` best answers to each request, best first, by the rules of `generation/beam.py`.
 
-        Of the sampling only the repetition penalty counts, and settings are those of the first request. Fewer answers
-        where there are not as many (a vocabulary smaller than `num_beams`). A row's answers do not depend on the other
-        rows. Beams have caches of their own beside the slots, and block the engine while they run.
+        The requests have the same settings; of the sampling only the repetition penalty counts. Fewer answers where
+        there are not as many (a vocabulary smaller than `num_beams`). A row's answers do not depend on the other rows.
+        Beams have caches of their own beside the slots, and the slots wait while a search runs.
+
+        Raises:
+            ValueError: prompt and answer exceed the context, or the requests differ in more than their prompts.
         """
         first = requests[0]
-        lengths = np.asarray([len(request.prompt) for request in requests], np.int32)
         for request in requests:
             self._require_room(request)
-        longest = int(lengths.max())
-        prefix = self._runner.read(
-            requests, (len(requests), self._runner.prompt_sizes.fit(longest))
-        )
+            if _beam_settings(request) != _beam_settings(first):
+                raise ValueError(
+                    f"A beam search got requests with {_beam_settings(first)} and {_beam_settings(request)}; "
+                    "expected the same settings for all."
+                )
+        if self.ready and len(requests) > 1:  # only single prompts are sure to be compiled
+            settings: Any = {"num_beams": num_beams, "length_penalty": length_penalty}
+            return [self.beam_search([request], **settings)[0] for request in requests]
+        lengths = np.asarray([len(request.prompt) for request in requests], np.int32)
+        longest, vocab = int(lengths.max()), self.config.llama.vocab_size
+        sizes = self._runner.prompt_sizes
+        batch, size = self._runner.programs.choose("prefill", (len(requests), sizes.fit(longest)))
+        prefix = self._runner.read(requests, (batch, size))
         self.counters.prefills += 1
-        settings = self._runner.settings(first)
         rules = BeamRules(
-            stops=_mark(first.stop_tokens, self.config.llama.vocab_size),
+            stops=_mark(first.stop_tokens, vocab),
             length_penalty=np.float32(length_penalty),
             repetition_penalty=np.float32(first.sampling.repetition_penalty),
             length_before=np.int32(LENGTH_BEFORE),
@@ -258,7 +197,7 @@ class Engine:
             self._runner.params,
             prefix,
             lengths,
-            np.repeat(settings.seen, len(requests), axis=0),
+            np.tile(_mark(first.written, vocab), (len(requests), 1)),
             rules,
             num_beams=num_beams,
             places=self._runner.place_sizes.fit(longest + first.max_new_tokens),
@@ -273,201 +212,13 @@ class Engine:
         self.counters.images += len(images)
         return found
 
-    # --- letting requests in ---
 
-    def _admit(self) -> None:
-        """Fills free slots from the queue. At most one batch of prompts is read per step, so that answers under way
-        are held up by no more than that."""
-        read = False
-        while self._waiting and None in self._slots:
-            generation = self._waiting[0]
-            if generation.shared.prefix is None:
-                if read:
-                    return
-                read = True
-                if self._extend(generation):
-                    continue
-                self._read_prompts()
-            self._insert(generation)
-
-    def _read_prompts(self) -> None:
-        """Reads the prompt of the first in the queue, with others of its size that could be let in too."""
-        sizes = self._runner.prompt_sizes
-        group = [self._waiting[0]]
-        for generation in list(self._waiting)[1 : self.free_slots]:
-            if generation.shared in [other.shared for other in group]:
-                continue
-            known = generation.shared.prefix is not None
-            if known or sizes.fit(generation.length) != sizes.fit(group[0].length):
-                break
-            group.append(generation)
-        key = self._runner.prompt_key(len(group), group[0].length)
-        del group[key[0] :]
-        prefix = self._runner.read([generation.request for generation in group], key)
-        self.counters.prefills += 1
-        for row, generation in enumerate(group):
-            generation.shared.prefix = (prefix, row)
-
-    def _insert(self, generation: Generation) -> None:
-        """Into the first free slot: the fewer rows a step runs over, the better."""
-        assert generation.shared.prefix is not None
-        slot = self._slots.index(None)
-        self._state, chosen = self._runner.insert(
-            self._state, *generation.shared.prefix, slot, generation.request
-        )
-        self._start(generation, slot, chosen)
-
-    def _extend(self, generation: Generation) -> bool:
-        """Continues what a free slot holds, if the prompt begins with enough of it; says whether it did."""
-        request = generation.request
-        slot, start = self._longest_resident(request)
-        if generation.shared.waiting > 1 or start < LEAST_REUSE:
-            return False
-        key = self._runner.extend_key(generation.length, start)
-        if key is None:
-            return False
-        self._state, chosen = self._runner.extend(
-            self._state, slot, request, embeds_behind(request, start), start=start, key=key
-        )
-        self.counters.extends += 1
-        self.counters.reused_tokens += start
-        generation.reused = start
-        self._start(generation, slot, chosen)
-        return True
-
-    def _longest_resident(self, request: Request) -> tuple[int, int]:
-        """The free slot that holds the longest beginning of a prompt, and its length: never the whole prompt, and
-        never a part of a picture."""
-        best = (0, 0)
-        for slot, (owner, resident) in enumerate(zip(self._slots, self._residents, strict=True)):
-            if owner is None:
-                common = common_start(request, resident)
-                if common > best[1]:
-                    best = (slot, common)
-        return best
-
-    def _start(self, generation: Generation, slot: int, chosen: Chosen) -> None:
-        """The first in the queue runs from here on: until now an interruption leaves it waiting."""
-        self._waiting.popleft()
-        self._slots[slot] = generation
-        generation.slot = slot
-        generation.asked = 1
-        self._begun(generation)
-        self._note(chosen, {0: generation})
-
-    def _begun(self, generation: Generation) -> None:
-        generation.shared.waiting -= 1
-        if not generation.shared.waiting:
-            generation.shared.prefix = None
-
-    # --- the step ---
-
-    def _dispatch(self) -> bool:
-        """Dispatches the next step, if any request wants another token."""
-        running = [g for g in self._slots if g and g.asked < g.request.max_new_tokens]
-        if not running:
-            return False
-        self._compact(running)
-        alive = np.zeros(self.num_slots, bool)
-        alive[[g.slot for g in running]] = True
-        self._state, chosen = self._runner.decode(
-            self._state,
-            alive,
-            last_slot=max(g.slot for g in running),
-            length=max(g.length + g.asked for g in running),
-            plain=all(g.request.is_plain for g in running),
-        )
-        self.counters.decode_steps += 1
-        for generation in running:
-            generation.asked += 1
-        self._note(chosen, {g.slot: g for g in running})
-        return True
-
-    def _compact(self, running: list[Generation]) -> None:
-        """Moves requests down into free slots where a step then runs over fewer rows."""
-        rows = self._runner.row_sizes
-        while True:
-            last = max(running, key=lambda generation: generation.slot)
-            used = self.num_slots - self.free_slots
-            if rows.fit(used) >= rows.fit(last.slot + 1):
-                return
-            source, target = last.slot, self._slots.index(None)
-            if target > source:
-                return
-            self._state = self._runner.move(self._state, source, target)
-            self._slots[source], self._slots[target] = None, last
-            self._residents[source] = Resident()
-            last.slot = target
-            self.counters.moves += 1
-
-    def _note(self, chosen: Chosen, generations: dict[int, Generation]) -> None:
-        """Remembers what to read, and lets it come over while the device goes on."""
-        if not any(g.request.logprobs for g in generations.values()):
-            chosen = Chosen(token=chosen.token, finite=chosen.finite, logprobs=None)
-        for leaf in jax.tree.leaves(chosen):
-            leaf.copy_to_host_async()
-        self._pending.append(Pending(chosen, generations))
-
-    def _collect(self, *, leave: int) -> list[Generation]:
-        """Reads all but the newest `leave` of what was dispatched."""
-        changed: dict[int, Generation] = {}
-        while len(self._pending) > leave:
-            pending = self._pending.popleft()
-            chosen: Chosen = jax.device_get(pending.chosen)
-            for row, generation in pending.generations.items():
-                if not generation.finished and chosen.token[row] >= 0:
-                    self._take(generation, chosen, row)
-                    changed[id(generation)] = generation
-        return list(changed.values())
-
-    def _take(self, generation: Generation, chosen: Chosen, row: int) -> None:
-        if not chosen.finite[row]:
-            generation.error = FloatingPointError(
-                "The model's logits are not finite; expected finite weights and a dtype that holds its activations."
-            )
-            self._finish(generation, "error")
-            return
-        request, token = generation.request, int(chosen.token[row])
-        generation.ids.append(token)
-        if request.logprobs:
-            assert chosen.logprobs is not None
-            found = chosen.logprobs
-            pairs = zip(found.top_ids[row].tolist(), found.top[row].tolist(), strict=True)
-            generation.logprobs.append(
-                TokenLogprobs(chosen=float(found.chosen[row]), top=tuple(pairs))
-            )
-        if token in request.stop_tokens:
-            self._finish(generation, "stop")
-        elif len(generation.ids) == request.max_new_tokens:
-            self._finish(generation, "length")
-
-    def _finish(self, generation: Generation, reason: FinishReason) -> None:
-        generation.finish_reason = reason
-        if generation.slot >= 0:
-            images = tuple(generation.request.image_embeds)
-            self._residents[generation.slot] = Resident(generation.history(), images)
-            self._slots[generation.slot] = None
-            generation.slot = -1
-
-    def _abandon(self, reason: FinishReason, error: Exception | None) -> list[Generation]:
-        """Ends everything in flight and begins with empty slots."""
-        ended = [generation for generation in self._slots if generation is not None]
-        if error is not None and not ended and self._waiting:
-            # Its own reading failed: left in the queue it would fail again for ever.
-            ended = [self._waiting.popleft()]
-            self._begun(ended[0])
-        for generation in ended:
-            generation.error = error
-            self._finish(generation, reason)
-        for generation in self._waiting:
-            generation.shared.prefix = None
-        self._pending.clear()
-        self._residents = [Resident() for _ in range(self.num_slots)]
-        self._state = self._runner.make_state()
-        return ended
+def _beam_settings(request: Request) -> tuple[Any, ...]:
+    penalty = request.sampling.repetition_penalty
+    return (request.max_new_tokens, set(request.stop_tokens), set(request.written), penalty)
 
 
-def _mark(tokens: Collection[int], vocab_size: int) -> np.ndarray:
+def _mark(tokens: Collection[int], vocab_size: int) -> Bool[np.ndarray, " V"]:
     marked = np.zeros(vocab_size, bool)
     marked[list(tokens)] = True
     return marked

@@ -10,7 +10,8 @@ and abstract values never pass through the checked signatures of the states.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,11 @@ class Programs:
     def __init__(self) -> None:
         self._found: dict[tuple[str, Key], Program] = {}
         self._lock = threading.Lock()
+        self._thread = threading.local()
         self.closed = False
         """True after everything that requests need was compiled: nothing is compiled for a request any more."""
         self.compiled = 0
         """Programs compiled so far."""
-        self.compiled_for_requests = 0
-        """Of these, those that a request had to wait for after `closed`. Stays 0."""
 
     def get(self, name: str, key: Key, compile_it: Callable[[], Program]) -> Program:
         """The program of this name and key; compiled now, if need be and allowed.
@@ -86,14 +86,10 @@ class Programs:
         found = self._found.get((name, key))
         if found is not None:
             return found
-        if self.closed:
+        if self.closed and not self._is_ahead:
             raise NotCompiled(
                 f"{name}{list(key)} was not compiled ahead; expected only sizes that were: {self.keys(name)}."
             )
-        return self.add(name, key, compile_it)
-
-    def add(self, name: str, key: Key, compile_it: Callable[[], Program]) -> Program:
-        """Compiles ahead, whatever `closed` says; at most once."""
         with self._lock:
             found = self._found.get((name, key))
             if found is None:
@@ -101,6 +97,19 @@ class Programs:
                 self.compiled += 1
                 self._found[name, key] = found
             return found
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Inside, in this thread, programs are compiled though `closed` is set: nobody waits for them."""
+        self._thread.ahead = True
+        try:
+            yield
+        finally:
+            self._thread.ahead = False
+
+    @property
+    def _is_ahead(self) -> bool:
+        return getattr(self._thread, "ahead", False)
 
     def keys(self, name: str) -> list[Key]:
         """Sizes that the program of this name was compiled for, ascending."""
@@ -112,7 +121,7 @@ class Programs:
         Raises:
             NotCompiled: nothing that was compiled ahead is large enough.
         """
-        if not self.closed or (name, wanted) in self._found:
+        if not self.closed or self._is_ahead or (name, wanted) in self._found:
             return wanted
         for key in self.keys(name):
             if all(have >= need for have, need in zip(key, wanted, strict=True)):

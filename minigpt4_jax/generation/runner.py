@@ -6,13 +6,16 @@ request runs when (`engine.py`), nor what a program computes (`decode.py`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,12 +43,18 @@ from minigpt4_jax.generation.programs import (
 from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.models.layout import Layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
+from minigpt4_jax.sharding import cache_sharding
 
 READ_TOGETHER = (1, 2, 4)
 """How many prompts of one size are read at once."""
 
 ENCODED_TOGETHER = (1, 4, 16)
 """How many pictures are encoded at once."""
+
+ANY_REQUEST = Request(prompt=(0,), max_new_tokens=1)
+"""Stands for any request where only shapes matter."""
+
+_ZERO, _ONE = np.int32(0), np.ones(1, np.int32)
 
 USUAL_PROMPT = 128
 """Tokens that a question about one picture fits in: compiled with the core set."""
@@ -64,7 +73,13 @@ class Runner:
         num_slots: int,
         layout: Layout,
         cache_dtype: DTypeLike,
+        mesh: Mesh | None,
     ) -> None:
+        shards = 1 if mesh is None else mesh.shape["tensor"]
+        if layout.shards != shards:
+            raise ValueError(
+                f"layout.shards is {layout.shards}; expected {shards}, the mesh's axis tensor."
+            )
         self.config = config
         self.programs = Programs()
         self.params = params
@@ -77,8 +92,17 @@ class Runner:
         self._num_slots = num_slots
         self._dtype = jnp.dtype(dtype)
         self._cache_dtype = cache_dtype
-        self._vision = {name: params[name] for name in (*config.vision_parts, "llama_proj")}
         self._alive: tuple[bytes, Array] | None = None
+        self._mesh = mesh
+        self._everywhere: jax.sharding.Sharding
+        self._cache_sharding: jax.sharding.Sharding
+        if mesh is None:
+            device = next(iter(jax.tree.leaves(params)[0].devices()))
+            self._everywhere = self._cache_sharding = SingleDeviceSharding(device)
+        else:
+            heads = config.llama.num_kv_heads
+            self._everywhere = NamedSharding(mesh, PartitionSpec())
+            self._cache_sharding = cache_sharding(mesh, num_kv_heads=heads)
 
     def make_state(self) -> SlotState:
         """Empty slots.
@@ -127,13 +151,16 @@ class Runner:
         self, state: SlotState, prefix: Prefix, row: int, slot: int, request: Request
     ) -> tuple[SlotState, Chosen]:
         """Puts a prompt that was read into a slot; takes the state away."""
-        key = (len(prefix.logits), prefix.caches[0].capacity)
         length = np.asarray([len(request.prompt)], np.int32)
-        args = (state, prefix, np.int32(row), np.int32(slot), length, self.settings(request))
-        found: tuple[SlotState, Chosen] = self._program("insert", key, insert, args, donate=(0,))(
-            *args
+        found: tuple[SlotState, Chosen] = self._insert_program(state, prefix)(
+            state, prefix, np.int32(row), np.int32(slot), length, self.settings(request)
         )
         return found
+
+    def _insert_program(self, state: SlotState, prefix: Prefix) -> Program:
+        key = (len(prefix.logits), prefix.caches[0].capacity)
+        args = (state, prefix, _ZERO, _ZERO, _ONE, self.settings(ANY_REQUEST))
+        return self._program("insert", key, insert, args, donate=(0,))
 
     def extend_key(self, length: int, start: int) -> tuple[int, int] | None:
         """Padded length of what follows the first `start` tokens, and places that are read; None if nothing fits."""
@@ -162,24 +189,41 @@ class Runner:
 
         `image_embeds` are those behind `start`.
         """
-        size, places = key
+        size, _ = key
         length = len(request.prompt)
         token_ids = np.zeros((1, size), np.int32)
         token_ids[0, : length - start] = request.prompt[start:]
-        args = (
-            self.params, state, np.int32(slot), token_ids,
-            self._place_images([image_embeds], (1, size)), np.int32(start),
-            np.asarray([length], np.int32), self.settings(request),
-        )  # fmt: skip
-        function = functools.partial(extend, model=self.model, places=places)
-        found: tuple[SlotState, Chosen] = self._program("extend", key, function, args, donate=(1,))(
-            *args
+        images = self._place_images([image_embeds], (1, size))
+        found: tuple[SlotState, Chosen] = self._extend_program(state, key)(
+            self.params,
+            state,
+            np.int32(slot),
+            token_ids,
+            images,
+            np.int32(start),
+            np.asarray([length], np.int32),
+            self.settings(request),
         )
         return found
 
+    def _extend_program(self, state: SlotState, key: tuple[int, int]) -> Program:
+        size, places = key
+        args = (
+            self.params,
+            state,
+            _ZERO,
+            np.zeros((1, size), np.int32),
+            self._place_images([()], (1, size)),
+            _ZERO,
+            _ONE,
+            self.settings(ANY_REQUEST),
+        )
+        function = functools.partial(extend, model=self.model, places=places)
+        return self._program("extend", key, function, args, donate=(1,))
+
     def settings(self, request: Request) -> Settings:
         """What `insert` is told about a request."""
-        return make_settings(
+        settings = make_settings(
             self.config.llama,
             [request.sampling],
             max_new_tokens=request.max_new_tokens,
@@ -187,6 +231,8 @@ class Runner:
             stop_tokens=tuple(sorted(set(request.stop_tokens))),
             written=tuple(request.written),
         )
+        placed: Settings = jax.device_put(settings, self._everywhere)
+        return placed
 
     # --- steps ---
 
@@ -195,27 +241,32 @@ class Runner:
     ) -> tuple[SlotState, Chosen]:  # fmt: skip
         """One step over the slots up to `last_slot`, which read `length` places at most; takes the state away."""
         wanted = (self.row_sizes.fit(last_slot + 1), self.place_sizes.fit(length), int(not plain))
-        rows, places, full = key = self.programs.choose("decode", wanted)
+        key = self.programs.choose("decode", wanted)
+        program = self._decode_program(state, key)
+        found: tuple[SlotState, Chosen] = program(self.params, state, self._placed(alive))
+        return found
+
+    def _decode_program(self, state: SlotState, key: tuple[int, ...]) -> Program:
+        rows, places, full = key
         function = functools.partial(
             decode_step, model=self.model, rows=rows, places=places, plain=not full
         )
-        args = (self.params, state, self._placed(alive))
-        found: tuple[SlotState, Chosen] = self._program("decode", key, function, args, donate=(1,))(
-            *args
-        )
-        return found
+        args = (self.params, state, self._placed(np.zeros(self._num_slots, bool)))
+        return self._program("decode", key, function, args, donate=(1,))
 
     def _placed(self, alive: Bool[np.ndarray, " B"]) -> Array:
         """On the device; the same array as long as nothing changes."""
         if self._alive is None or self._alive[0] != alive.tobytes():
-            self._alive = (alive.tobytes(), jax.device_put(alive))
+            self._alive = (alive.tobytes(), jax.device_put(alive, self._everywhere))
         return self._alive[1]
 
     def move(self, state: SlotState, source: int, target: int) -> SlotState:
         """Moves what is in a slot to another one; takes the state away."""
-        args = (state, np.int32(source), np.int32(target))
-        moved: SlotState = self._program("move", (), move_row, args, donate=(0,))(*args)
+        moved: SlotState = self._move_program(state)(state, np.int32(source), np.int32(target))
         return moved
+
+    def _move_program(self, state: SlotState) -> Program:
+        return self._program("move", (), move_row, (state, _ZERO, _ZERO), donate=(0,))
 
     # --- pictures ---
 
@@ -223,6 +274,8 @@ class Runner:
         self, images: Float[np.ndarray, "I height width 3"]
     ) -> list[Float[Array, "T D"]]:
         """See `Engine.encode_images`."""
+        parts = (*self.config.vision_parts, "llama_proj")
+        vision = {name: self.params[name] for name in parts}
         found: list[Array] = []
         while len(found) < len(images):
             left = len(images) - len(found)
@@ -231,7 +284,7 @@ class Runner:
             taken = images[len(found) : len(found) + batch]
             part = np.zeros((batch, *images.shape[1:]), np.float32)
             part[: len(taken)] = taken
-            args = (self._vision, part)
+            args = (vision, part)
             found += self._program("encode", (batch,), self._encode, args)(*args)[: len(taken)]
         return found
 
@@ -269,6 +322,61 @@ class Runner:
 
     # --- compiling ---
 
+    def core(self, state: SlotState) -> list[Callable[[], Any]]:
+        """What must be compiled before the first request: the largest sizes, which every request fits, and those that
+        one question about one picture runs with."""
+        prompts = {self.prompt_sizes.fit(min(USUAL_PROMPT, self._context)), self._context}
+        rows, places = {1, self._num_slots}, {self.place_sizes.steps[0], self._context}
+        return self._jobs(
+            state,
+            prompts=[(1, size) for size in sorted(prompts)],
+            extends=[],
+            decodes=list(itertools.product(sorted(rows), sorted(places), (0, 1))),
+            encodes=[1],
+        )
+
+    def rest(self, state: SlotState) -> list[Callable[[], Any]]:
+        """All other sizes, which make requests cheaper: the least first."""
+        together = [count for count in READ_TOGETHER if count <= self._num_slots]
+        return self._jobs(
+            state,
+            prompts=list(itertools.product(together, self.prompt_sizes.steps)),
+            extends=[
+                (size, places)
+                for size in self._extend_sizes.steps
+                for places in self.place_sizes.steps
+                if size < places
+            ],
+            decodes=list(itertools.product(self.row_sizes.steps, self.place_sizes.steps, (0, 1))),
+            encodes=list(ENCODED_TOGETHER),
+        )
+
+    def _jobs(
+        self,
+        state: SlotState,
+        *,
+        prompts: Sequence[tuple[int, int]],
+        extends: Sequence[tuple[int, int]],
+        decodes: Sequence[tuple[int, int, int]],
+        encodes: Sequence[int],
+    ) -> list[Callable[[], Any]]:
+        """One call per program or two, each of which does nothing where they are compiled already."""
+        side = self.config.vit.image_size
+
+        def read(key: tuple[int, int]) -> None:
+            self._insert_program(state, self.read([ANY_REQUEST], key))
+
+        return [
+            functools.partial(self._move_program, state),
+            *(functools.partial(self._decode_program, state, key) for key in decodes),
+            *(functools.partial(read, key) for key in prompts),
+            *(functools.partial(self._extend_program, state, key) for key in extends),
+            *(
+                functools.partial(self.encode_images, np.zeros((count, side, side, 3), np.float32))
+                for count in encodes
+            ),
+        ]
+
     def _program(
         self,
         name: str,
@@ -278,7 +386,15 @@ class Runner:
         *,
         donate: Sequence[int] = (),
     ) -> Program:
-        return self.programs.get(name, key, lambda: compile_program(function, args, donate=donate))
+        def compile_it() -> Program:
+            with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+                return compile_program(function, args, donate=donate, place=self._place)
+
+        return self.programs.get(name, key, compile_it)
+
+    def _place(self, path: str) -> jax.sharding.Sharding:
+        """Where a result lies: caches by their heads, all else everywhere."""
+        return self._cache_sharding if ".caches" in path else self._everywhere
 
 
 def _place_image(

@@ -43,7 +43,7 @@ def quantise(array: Any, axis: int) -> tuple[Any, Any]:
 class Int8Dense(nn.Module):
     """`(x @ kernel) * kernel_scale` with an int8 kernel `[in, out]` and one float32 scale per output channel.
 
-    The activations are not quantised. Parameters come from `layout.quantise`; fresh ones are zeros.
+    The activations are not quantised. Parameters come from `convert_layout`; fresh ones are zeros.
     """
 
     features: int

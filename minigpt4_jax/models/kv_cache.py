@@ -132,13 +132,11 @@ def _write_tokens(
 
     A program for one platform has one of the two and, compiled, no branch; one exported for several has both.
     """
-    return jax.lax.platform_dependent(
-        leaf,
-        new,
-        places,
-        tpu=functools.partial(_select_tokens, length=length),
-        default=_scatter_tokens,
+    select = functools.partial(_select_tokens, length=length)
+    written: Array = jax.lax.platform_dependent(
+        leaf, new, places, tpu=select, default=_scatter_tokens
     )
+    return written
 
 
 def _scatter_tokens(

@@ -252,13 +252,13 @@ def test_a_search_ends_when_all_rows_are_settled(
     taken = [search(of_prompt, penalty=1.0, **settings)[1] for of_prompt in log_probs]
     assert min(taken) < STEPS
     steps: list[int] = []
-    real = small._beam_step
+    real = small._beams._step
 
     def count(*args: Any) -> Any:
         steps.append(1)
         return real(*args)
 
-    monkeypatch.setattr(small, "_beam_step", count)
+    monkeypatch.setattr(small._beams, "_step", count)
     for prompt, expected in zip(small_prompts, taken, strict=True):
         steps.clear()
         run(small, [prompt], **settings)

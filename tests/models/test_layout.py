@@ -293,6 +293,10 @@ def test_int8_of_any_part_is_int8_of_the_whole_in_numpy_as_in_jax(
         on_device = convert({"llama": jax.tree.map(jnp.asarray, part)}, "disk", "int8", config)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(on_device))
         assert_identical(on_device, {"llama": expected})
+    traced = jax.jit(lambda part: convert({"llama": part}, "disk", "int8", config))
+    assert_identical(
+        traced({"layers": {"1": layer}})["llama"], {"layers": {"1": whole["layers"]["1"]}}
+    )
     assert_identical(
         convert({"llama": {"embed_tokens": disk["embed_tokens"]}}, "disk", "int8", any_config),
         {

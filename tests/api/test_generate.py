@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from convert.projection import ProjectionInfo, write_projection
-from minigpt4_jax import GenerationConfig, MiniGPT4, UserError, loading
-from minigpt4_jax.api import Ask
+from minigpt4_jax import Ask, GenerationConfig, MiniGPT4, UserError, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.conversation import ContextFull
 from minigpt4_jax.data.tokenizer import Tokenizer

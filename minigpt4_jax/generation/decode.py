@@ -31,7 +31,7 @@ from minigpt4_jax.generation.sampling import (
     measure_logprobs,
 )
 from minigpt4_jax.models.attention import make_cache_mask
-from minigpt4_jax.models.kv_cache import KVCache, init_cache
+from minigpt4_jax.models.kv_cache import KVCache, init_cache, without_nan
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params, apply_method
 
 MAX_STOPS = 16
@@ -177,7 +177,7 @@ def insert(
     """
 
     def write(leaf: Array, part: Array) -> Array:
-        one = jax.lax.dynamic_slice_in_dim(part, row, 1, axis=0)
+        one = without_nan(jax.lax.dynamic_slice_in_dim(part, row, 1, axis=0))
         return jax.lax.dynamic_update_slice(leaf, one, (slot, *[0] * (leaf.ndim - 1)))
 
     caches = jax.tree.map(write, state.caches, prefix.caches)
@@ -215,7 +215,9 @@ def extend(
         params, part, token_ids, image_embeds, positions, length - start, places=places, model=model
     )
     caches = jax.tree.map(
-        lambda leaf, new: jax.lax.dynamic_update_slice(leaf, new, (slot, *[0] * (leaf.ndim - 1))),
+        lambda leaf, new: jax.lax.dynamic_update_slice(
+            leaf, without_nan(new), (slot, *[0] * (leaf.ndim - 1))
+        ),
         state.caches,
         part,
     )
@@ -274,6 +276,12 @@ def move_row(state: SlotState, source: Int[Array, ""], target: Int[Array, ""]) -
         state,
     )
     return dataclasses.replace(moved, active=moved.active.at[source].set(False))
+
+
+def clear_row(state: SlotState, slot: Int[Array, ""]) -> SlotState:
+    """Zeros the cache of one slot. Donate `state`."""
+    caches = jax.tree.map(lambda leaf: leaf.at[slot].set(0), state.caches)
+    return dataclasses.replace(state, caches=caches)
 
 
 def _read(

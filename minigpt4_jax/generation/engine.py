@@ -23,11 +23,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from minigpt4_jax.config import ModelConfig, UserError
+from minigpt4_jax.generation.ahead import Job, core_jobs, other_jobs
 from minigpt4_jax.generation.beam import BeamRules
 from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, Hypothesis
 from minigpt4_jax.generation.loop import Loop
 from minigpt4_jax.generation.requests import Generation, Request
 from minigpt4_jax.generation.runner import Runner
+from minigpt4_jax.generation.score import AnswerScore, Candidates, score_answers
 from minigpt4_jax.models.layout import DECODE, Layout
 from minigpt4_jax.models.minigpt4 import Params
 
@@ -101,17 +103,17 @@ class Engine(Loop):
         """Compiles what any request can be served with, ahead; the engine is `ready` then.
 
         A request that no compiled program fits exactly runs with the next larger one. Without this, programs are
-        compiled when they are first wanted. Beams are not among them: a search compiles its own at its first use.
+        compiled when they are first wanted. Beams and `score` are not among them: they compile at their first use.
         """
-        self._compile(self._runner.core(self._state), progress)
+        self._compile(core_jobs(self._runner, self._state), progress)
         self._runner.programs.closed = True
 
     def compile_rest(self, progress: CompileProgress | None = None) -> None:
         """Compiles the other sizes, which make requests cheaper. May run in a thread of its own while requests are
         served; what it compiled is used as soon as it is there."""
-        self._compile(self._runner.rest(self._state), progress)
+        self._compile(other_jobs(self._runner, self._state), progress)
 
-    def _compile(self, jobs: Sequence[Callable[[], Any]], progress: CompileProgress | None) -> None:
+    def _compile(self, jobs: Sequence[Job], progress: CompileProgress | None) -> None:
         with self._runner.programs.ahead():
             for number, job in enumerate(jobs):
                 job()
@@ -202,6 +204,17 @@ class Engine(Loop):
             num_beams=num_beams,
             places=self._runner.place_sizes.fit(longest + first.max_new_tokens),
             max_new_tokens=first.max_new_tokens,
+        )
+
+    def score(self, questions: Sequence[Candidates]) -> list[list[AnswerScore]]:
+        """How likely the candidate answers of each question are: see `score_answers`; rank them by `rank_by_mean`, or
+        as the original does by `multi_select`."""
+        return score_answers(
+            self._runner.score,
+            questions,
+            bucket=self._runner.prompt_sizes.fit,
+            context=self.context,
+            width=self.config.llama.width,
         )
 
     def encode_images(

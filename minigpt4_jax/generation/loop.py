@@ -2,8 +2,8 @@
 
 Host side only; everything on the device goes through `runner.py`. One thread owns a loop.
 
-The order of a step matters. Requests are let in first, so that a new one is part of the next `decode_step`; that step is
-dispatched before the one before it is read, so that the device never waits for the host; and a token that was
+The order of a step matters. Requests are let in first, so that a new one is part of the next `decode_step`; that one is
+dispatched before the step before it is read, so that the device never waits for the host; and a token that was
 dispatched for a request that has ended meanwhile is dropped when it is read, since it is known by its request and not
 by its slot.
 """
@@ -126,14 +126,12 @@ class Loop:
             self._admit()
             dispatched = self._dispatch()
             return self._collect(leave=1 if dispatched else 0)
-        except (
-            Exception
-        ) as error:  # whatever the device raises: the donated state is lost, the engine goes on
+        # Whatever the device raises: the state was donated and is lost, and the engine goes on with a new one.
+        except Exception as error:
             self.counters.faults += 1
             return self._abandon("error", error)
-        except (
-            BaseException
-        ):  # Ctrl-C inside a dispatch: the old state was donated, the new one has no name
+        # Ctrl-C inside a dispatch: the old state was donated, and the new one has no name yet.
+        except BaseException:
             self._abandon("cancelled", None)
             raise
 
@@ -289,6 +287,7 @@ class Loop:
             generation.error = FloatingPointError(
                 "The model's logits are not finite; expected finite weights and a dtype that holds its activations."
             )
+            self._state = self._runner.clear(self._state, generation.slot)
             self._finish(generation, "error")
             return
         request, token = generation.request, int(chosen.token[row])
@@ -308,8 +307,11 @@ class Loop:
     def _finish(self, generation: Generation, reason: FinishReason) -> None:
         generation.finish_reason = reason
         if generation.slot >= 0:
+            # Before its first token was read nobody knows whether the prompt gave numbers or NaN.
+            known = generation.ids and reason != "error"
             images = tuple(generation.request.image_embeds)
-            self._residents[generation.slot] = Resident(generation.history(), images)
+            held = Resident(generation.history(), images) if known else Resident()
+            self._residents[generation.slot] = held
             self._slots[generation.slot] = None
             generation.slot = -1
 
@@ -327,5 +329,6 @@ class Loop:
             generation.shared.prefix = None
         self._pending.clear()
         self._residents = [Resident() for _ in range(self.num_slots)]
+        del self._state  # before there is another one: it may fill the device
         self._state = self._runner.make_state()
         return ended

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from minigpt4_jax.generation.decode import (
     Prefix,
     Settings,
     SlotState,
+    clear_row,
     decode_step,
     extend,
     init_state,
@@ -41,6 +41,7 @@ from minigpt4_jax.generation.programs import (
     make_ladder,
 )
 from minigpt4_jax.generation.requests import Request
+from minigpt4_jax.generation.score import score_rows
 from minigpt4_jax.models.layout import Layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.sharding import cache_sharding
@@ -55,9 +56,6 @@ ANY_REQUEST = Request(prompt=(0,), max_new_tokens=1)
 """Stands for any request where only shapes matter."""
 
 _ZERO, _ONE = np.int32(0), np.ones(1, np.int32)
-
-USUAL_PROMPT = 128
-"""Tokens that a question about one picture fits in: compiled with the core set."""
 
 
 class Runner:
@@ -85,7 +83,7 @@ class Runner:
         self.params = params
         self.model = make_model(config, layout=layout, dtype=dtype)
         self.prompt_sizes = make_ladder(64, context, halfway=True)
-        self._extend_sizes = make_ladder(16, context)  # a question is shorter than a prompt
+        self.extend_sizes = make_ladder(16, context)  # a question is shorter than a prompt
         self.place_sizes = make_ladder(256, context)
         self.row_sizes = make_ladder(1, num_slots)
         self._context = context
@@ -152,19 +150,19 @@ class Runner:
     ) -> tuple[SlotState, Chosen]:
         """Puts a prompt that was read into a slot; takes the state away."""
         length = np.asarray([len(request.prompt)], np.int32)
-        found: tuple[SlotState, Chosen] = self._insert_program(state, prefix)(
+        found: tuple[SlotState, Chosen] = self.insert_program(state, prefix)(
             state, prefix, np.int32(row), np.int32(slot), length, self.settings(request)
         )
         return found
 
-    def _insert_program(self, state: SlotState, prefix: Prefix) -> Program:
+    def insert_program(self, state: SlotState, prefix: Prefix) -> Program:
         key = (len(prefix.logits), prefix.caches[0].capacity)
         args = (state, prefix, _ZERO, _ZERO, _ONE, self.settings(ANY_REQUEST))
         return self._program("insert", key, insert, args, donate=(0,))
 
     def extend_key(self, length: int, start: int) -> tuple[int, int] | None:
         """Padded length of what follows the first `start` tokens, and places that are read; None if nothing fits."""
-        size = self._extend_sizes.fit(length - start)
+        size = self.extend_sizes.fit(length - start)
         if start + size > self._context:
             return None
         try:
@@ -194,7 +192,7 @@ class Runner:
         token_ids = np.zeros((1, size), np.int32)
         token_ids[0, : length - start] = request.prompt[start:]
         images = self._place_images([image_embeds], (1, size))
-        found: tuple[SlotState, Chosen] = self._extend_program(state, key)(
+        found: tuple[SlotState, Chosen] = self.extend_program(state, key)(
             self.params,
             state,
             np.int32(slot),
@@ -206,7 +204,7 @@ class Runner:
         )
         return found
 
-    def _extend_program(self, state: SlotState, key: tuple[int, int]) -> Program:
+    def extend_program(self, state: SlotState, key: tuple[int, int]) -> Program:
         size, places = key
         args = (
             self.params,
@@ -242,11 +240,11 @@ class Runner:
         """One step over the slots up to `last_slot`, which read `length` places at most; takes the state away."""
         wanted = (self.row_sizes.fit(last_slot + 1), self.place_sizes.fit(length), int(not plain))
         key = self.programs.choose("decode", wanted)
-        program = self._decode_program(state, key)
+        program = self.decode_program(state, key)
         found: tuple[SlotState, Chosen] = program(self.params, state, self._placed(alive))
         return found
 
-    def _decode_program(self, state: SlotState, key: tuple[int, ...]) -> Program:
+    def decode_program(self, state: SlotState, key: tuple[int, ...]) -> Program:
         rows, places, full = key
         function = functools.partial(
             decode_step, model=self.model, rows=rows, places=places, plain=not full
@@ -262,11 +260,20 @@ class Runner:
 
     def move(self, state: SlotState, source: int, target: int) -> SlotState:
         """Moves what is in a slot to another one; takes the state away."""
-        moved: SlotState = self._move_program(state)(state, np.int32(source), np.int32(target))
+        moved: SlotState = self.move_program(state)(state, np.int32(source), np.int32(target))
         return moved
 
-    def _move_program(self, state: SlotState) -> Program:
+    def move_program(self, state: SlotState) -> Program:
         return self._program("move", (), move_row, (state, _ZERO, _ZERO), donate=(0,))
+
+    def clear(self, state: SlotState, slot: int) -> SlotState:
+        """Empties the cache of a slot; takes the state away. NaN in it would reach the next request: what is masked
+        still counts as zero times its value."""
+        cleared: SlotState = self.clear_program(state)(state, np.int32(slot))
+        return cleared
+
+    def clear_program(self, state: SlotState) -> Program:
+        return self._program("clear", (), clear_row, (state, _ZERO), donate=(0,))
 
     # --- pictures ---
 
@@ -320,62 +327,24 @@ class Runner:
                 placed = place(placed, embeds, np.int32(number), np.int32(order * rows))
         return placed
 
-    # --- compiling ---
+    # --- ranking ---
 
-    def core(self, state: SlotState) -> list[Callable[[], Any]]:
-        """What must be compiled before the first request: the largest sizes, which every request fits, and those that
-        one question about one picture runs with."""
-        prompts = {self.prompt_sizes.fit(min(USUAL_PROMPT, self._context)), self._context}
-        rows, places = {1, self._num_slots}, {self.place_sizes.steps[0], self._context}
-        return self._jobs(
-            state,
-            prompts=[(1, size) for size in sorted(prompts)],
-            extends=[],
-            decodes=list(itertools.product(sorted(rows), sorted(places), (0, 1))),
-            encodes=[1],
-        )
-
-    def rest(self, state: SlotState) -> list[Callable[[], Any]]:
-        """All other sizes, which make requests cheaper: the least first."""
-        together = [count for count in READ_TOGETHER if count <= self._num_slots]
-        return self._jobs(
-            state,
-            prompts=list(itertools.product(together, self.prompt_sizes.steps)),
-            extends=[
-                (size, places)
-                for size in self._extend_sizes.steps
-                for places in self.place_sizes.steps
-                if size < places
-            ],
-            decodes=list(itertools.product(self.row_sizes.steps, self.place_sizes.steps, (0, 1))),
-            encodes=list(ENCODED_TOGETHER),
-        )
-
-    def _jobs(
+    def score(
         self,
-        state: SlotState,
-        *,
-        prompts: Sequence[tuple[int, int]],
-        extends: Sequence[tuple[int, int]],
-        decodes: Sequence[tuple[int, int, int]],
-        encodes: Sequence[int],
-    ) -> list[Callable[[], Any]]:
-        """One call per program or two, each of which does nothing where they are compiled already."""
-        side = self.config.vit.image_size
+        token_ids: Int[np.ndarray, "B S"],
+        image_embeds: Float[np.ndarray, "B R D"],
+        prompt_lengths: Int[np.ndarray, " B"],
+        lengths: Int[np.ndarray, " B"],
+    ) -> Float[Array, " B"]:
+        """`score_rows`, compiled at the first use of a size also after all else was compiled ahead."""
+        args = (self.params, token_ids, image_embeds, prompt_lengths, lengths)
+        function = functools.partial(score_rows, model=self.model)
+        with self.programs.ahead():
+            program = self._program("score", token_ids.shape, function, args)
+        found: Float[Array, " B"] = program(*args)
+        return found
 
-        def read(key: tuple[int, int]) -> None:
-            self._insert_program(state, self.read([ANY_REQUEST], key))
-
-        return [
-            functools.partial(self._move_program, state),
-            *(functools.partial(self._decode_program, state, key) for key in decodes),
-            *(functools.partial(read, key) for key in prompts),
-            *(functools.partial(self._extend_program, state, key) for key in extends),
-            *(
-                functools.partial(self.encode_images, np.zeros((count, side, side, 3), np.float32))
-                for count in encodes
-            ),
-        ]
+    # --- compiling ---
 
     def _program(
         self,

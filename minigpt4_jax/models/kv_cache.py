@@ -104,10 +104,20 @@ def init_cache(config: LlamaConfig, batch: int, *, capacity: int, dtype: DTypeLi
     return tuple(empty_layer() for _ in range(config.num_layers))
 
 
+def without_nan(x: Num[Array, "*S"]) -> Num[Array, "*S"]:
+    """Zero where `x` is NaN or infinite, as nothing that outlives a request may be: to attention a masked place has the
+    weight 0, and 0 times NaN is NaN, so that the next request in the row would be answered with NaN too."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
 def _stored(
     k: Float[Array, "R Sq K H"], v: Float[Array, "R Sq K H"], dtype: DTypeLike
 ) -> LayerCache:
     """What is written, in the cache's order of axes: `[R, K, Sq, H]` and, for int8, scales `[R, K, Sq]`."""
+    if (
+        k.shape[1] == 1
+    ):  # of a stretch NaN goes on, so that a prompt of it is seen; `insert` keeps it out of a slot
+        k, v = without_nan(k), without_nan(v)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     if dtype != jnp.int8:
         return LayerCache(k=k.astype(dtype), v=v.astype(dtype))

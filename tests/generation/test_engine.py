@@ -139,14 +139,14 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
     compiles.clear()
     answer(fresh, one, steps=3)
     answer(fresh, none, steps=7)
-    answer(fresh, (one[0] + [1] * 9, one[1]), stop_tokens={1})
+    answer(fresh, (one[0] + [*range(50, 59)], one[1]), stop_tokens={1})
     assert compiles == []
-    longer = ([*one[0], *[2] * 40], one[1])
+    longer = ([3, *one[0], *[2] * 40], one[1])
     assert fresh._runner.prompt_sizes.fit(len(longer[0])) > 64
     answer(fresh, longer, steps=3)
     assert compiles, "a new bucket is a new program"
     compiles.clear()
-    answer(fresh, (longer[0] + [3] * 2, longer[1]), steps=2)
+    answer(fresh, ([4, 5, *longer[0]], longer[1]), steps=2)
     answer(fresh, none)
     assert compiles == []
 

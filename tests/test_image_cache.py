@@ -121,6 +121,7 @@ def test_new_pictures_are_encoded_together_each_once_and_given_in_order() -> Non
     encoder.embed([noise(3)])
     found = encoder.embed([noise(1), noise(3), noise(2), noise(1)])
     assert tower.batches == [1, 2]
+    assert (cache.hits, cache.misses) == (1, 3)  # a picture counts once in a call
     for seed, embeds in zip([1, 3, 2, 1], found, strict=True):
         np.testing.assert_array_equal(embeds, preprocess(noise(seed), **SETTINGS).reshape(-1, 3))
     assert cache.num_bytes == 3 * found[0].nbytes

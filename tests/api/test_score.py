@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minigpt4_jax import MiniGPT4, UserError
+from minigpt4_jax import GenerationConfig, MiniGPT4, UserError
 from minigpt4_jax.config import IMAGE_TOKEN_ID
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.score import AnswerScore, Candidates
@@ -21,7 +21,7 @@ class Judge:
     def __init__(self, model: MiniGPT4, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Candidates] = []
         self.per_token = [-1.0, -0.5, -2.0]
-        monkeypatch.setattr(model._engine, "score", self.score, raising=False)
+        monkeypatch.setattr(model._engine, "score", self.score)
 
     def score(self, questions: Sequence[Candidates]) -> list[list[AnswerScore]]:
         self.asked += questions
@@ -70,6 +70,19 @@ def test_a_normalisation_puts_candidates_in_its_order(
         assert (one.num_tokens, one.logprob) == (length, each * length)
         over = {"tokens": length, "none": 1, "original": len(question.prompt) - 1 + length}
         assert one.score == pytest.approx(each * length / over[normalise], rel=1e-6)
+
+
+def test_the_answer_that_a_model_gives_itself_is_likelier_than_that_to_another_picture(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    greedy = GenerationConfig(max_new_tokens=12)
+    own, other = model.generate(pictures[:2], ["What?"] * 2, generation=greedy)
+    assert own != other
+    first = model.score(pictures[0], "What?", [other, own])
+    assert [one.candidate for one in first] == [own, other]
+    second = model.score(pictures[1], "What?", [other, own])
+    assert [one.candidate for one in second] == [other, own]
+    assert all(one.logprob < 0 for one in first + second)
 
 
 def test_of_equal_candidates_the_earlier_comes_first(model: MiniGPT4, judge: Judge) -> None:

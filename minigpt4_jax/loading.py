@@ -11,6 +11,7 @@ other, with missing names accepted (`strict=False`).
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from minigpt4_jax.models.layout import DISK, Layout, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, abstract_params
 from minigpt4_jax.presets import PRESETS, Preset
 from minigpt4_jax.sharding import cache_sharding, make_shardings
+from minigpt4_jax.weight_files import is_url
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, parts done, parts in all)."""
@@ -213,7 +215,7 @@ def _load(
     folder = _folder_of(name, progress=progress)
     try:
         folder.require_whole()
-        tokenizer = load_tokenizer(folder.path)
+        tokenizer = _tokenizer_of(folder)
         return read(folder), tokenizer
     except UserError as error:
         if name != "smol":
@@ -222,6 +224,15 @@ def _load(
             f"{error}\nThese files were made from the fetched ones. Remove the folder {folder.path} and run the "
             "command again: it is made anew."
         ) from error
+
+
+def _tokenizer_of(folder: ModelFolder) -> Tokenizer:
+    """The folder's tokenizer, fetched first if it lies in a bucket."""
+    if not is_url(folder.path):
+        return load_tokenizer(folder.path)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder.copy_beside_weights(Path(scratch))
+        return load_tokenizer(scratch)
 
 
 def frozen_parts(name: str) -> dict[str, str]:

@@ -97,11 +97,14 @@ class ModelFolder:
         return posixpath.join(self.path, *names)
 
     def _read_text(self, name: str) -> str:
+        return self._read_bytes(name).decode()
+
+    def _read_bytes(self, name: str) -> bytes:
         if is_url(self.path):
             fs, path = open_filesystem(self._at(name))
-            text: str = fs.cat_file(path).decode()
-            return text
-        return Path(self._at(name)).read_text(encoding="utf-8")
+            content: bytes = fs.cat_file(path)
+            return content
+        return Path(self._at(name)).read_bytes()
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
@@ -127,18 +130,28 @@ class ModelFolder:
             )
         return manifest
 
+    def copy_beside_weights(self, folder: Path) -> None:
+        """Copies everything but the weights, such as the tokenizer's files, to a local folder that exists."""
+        for name in self._stored:
+            if not name.startswith(f"{WEIGHTS}/"):
+                (folder / name).write_bytes(self._read_bytes(name))
+
     @cached_property
-    def _files(self) -> dict[str, WeightFile]:
-        """Parameter path -> the file it is in."""
+    def _stored(self) -> list[str]:
+        """Names of the folder's files, those of weights with the folder they are in."""
         try:
-            stored = sorted(json.loads(self._read_text(CHECKSUMS))["files"])
+            return sorted(json.loads(self._read_text(CHECKSUMS))["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self._at(CHECKSUMS)} cannot be read ({error!r}); expected the list of the folder's files. Copy or "
                 "convert the folder again."
             ) from error
+
+    @cached_property
+    def _files(self) -> dict[str, WeightFile]:
+        """Parameter path -> the file it is in."""
         found: dict[str, WeightFile] = {}
-        for name in stored:
+        for name in self._stored:
             if name.startswith(f"{WEIGHTS}/"):
                 file = WeightFile(self._at(name))
                 found |= dict.fromkeys(file.names(), file)

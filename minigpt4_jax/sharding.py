@@ -169,6 +169,11 @@ def cache_sharding(mesh: Mesh | AbstractMesh, *, num_kv_heads: int) -> NamedShar
     return NamedSharding(mesh, P(None, "tensor"))
 
 
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """For what every device holds whole: logits, tokens, and the state of a decode step but for its cache."""
+    return NamedSharding(mesh, P())
+
+
 def constrain(x: jax.Array) -> jax.Array:
     """An activation `[..., D]` whose width stays whole on every device; how its rows lie is left to the compiler.
 
@@ -178,7 +183,9 @@ def constrain(x: jax.Array) -> jax.Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * (x.ndim - 1), None))
+    spec = P(*[P.UNCONSTRAINED] * (x.ndim - 1), None)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
 
 
 def match_rule(path: str) -> list[str]:

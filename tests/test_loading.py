@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +112,17 @@ def test_a_layout_or_a_model_that_does_not_fit_the_mesh_is_refused_before_anythi
             layout=dataclasses.replace(DECODE, shards=3),
             mesh=make_mesh(tensor=3, devices=jax.devices()[:3]),
         )
+
+
+def test_a_model_in_a_bucket_comes_with_its_tokenizer(folder: str, params: Any) -> None:
+    bucket = fsspec.filesystem("memory")
+    for file in Path(folder).rglob("*"):
+        if file.is_file():
+            name = file.relative_to(folder).as_posix()
+            bucket.pipe_file(f"/models/deep/{name}", file.read_bytes())
+    read, tokenizer = load_decode_params("memory://models/deep", dtype=jnp.float32, layout=DECODE)
+    assert_same(read, converted(params, DECODE))
+    assert tokenizer.encode("A cup.") == byte_tokenizer().encode("A cup.")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minigpt4_jax.checkpoint import leaf_names
@@ -29,6 +28,7 @@ from minigpt4_jax.sharding import (
     make_mesh,
     make_shardings,
     match_rule,
+    replicated,
 )
 from tests.signature_checks import without_signature_checks
 
@@ -174,7 +174,7 @@ class Run:
         step = jax.jit(
             functools.partial(read, model=make_model(WIDE, layout=layout, dtype=jnp.float32)),
             donate_argnums=1,
-            out_shardings=(NamedSharding(mesh, P()), place),
+            out_shardings=(replicated(mesh), place),
         )
         with jax.set_mesh(mesh), without_signature_checks():
             self.compiled = [

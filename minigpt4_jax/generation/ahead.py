@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.generation.decode import SlotState
 from minigpt4_jax.generation.runner import ANY_REQUEST, ENCODED_TOGETHER, READ_TOGETHER, Runner
+from minigpt4_jax.generation.state import SlotState
 
 USUAL_PROMPT = 128
 """Tokens that a question about one picture fits in."""
@@ -76,7 +76,6 @@ def _jobs(
 
     return [
         functools.partial(runner.move_program, state),
-        functools.partial(runner.clear_program, state),
         *(functools.partial(runner.decode_program, state, key) for key in decodes),
         *(functools.partial(read, key) for key in prompts),
         *(functools.partial(runner.extend_program, state, key) for key in extends),

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minigpt4_jax.generation.beam import BeamRules, BeamState, beam_step, rank, start_beams
-from minigpt4_jax.generation.decode import Prefix
+from minigpt4_jax.generation.state import Prefix
 from minigpt4_jax.models.minigpt4 import MiniGPT4, Params
 
 LENGTH_BEFORE = 1

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from minigpt4_jax.generation.decode import Chosen
 from minigpt4_jax.generation.requests import (
     FinishReason,
     Generation,
@@ -31,6 +30,7 @@ from minigpt4_jax.generation.residents import (
     embeds_behind,
 )
 from minigpt4_jax.generation.runner import Runner
+from minigpt4_jax.generation.state import Chosen
 
 
 @dataclass
@@ -287,7 +287,6 @@ class Loop:
             generation.error = FloatingPointError(
                 "The model's logits are not finite; expected finite weights and a dtype that holds its activations."
             )
-            self._state = self._runner.clear(self._state, generation.slot)
             self._finish(generation, "error")
             return
         request, token = generation.request, int(chosen.token[row])

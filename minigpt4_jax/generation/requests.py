@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID
-from minigpt4_jax.generation.decode import MAX_STOPS, Prefix
 from minigpt4_jax.generation.sampling import GREEDY, Sampling
+from minigpt4_jax.generation.state import MAX_STOPS, Prefix
 
 FinishReason = Literal["", "stop", "length", "cancelled", "error"]
 

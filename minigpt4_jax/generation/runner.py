@@ -14,25 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.generation.decode import (
-    Chosen,
-    Prefix,
-    Settings,
-    SlotState,
-    clear_row,
-    decode_step,
-    extend,
-    init_state,
-    insert,
-    make_settings,
-    move_row,
-    prefill,
-)
+from minigpt4_jax.generation.decode import decode_step, extend, insert, move_row, prefill
 from minigpt4_jax.generation.programs import (
     NotCompiled,
     Program,
@@ -42,9 +29,17 @@ from minigpt4_jax.generation.programs import (
 )
 from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.generation.score import score_rows
+from minigpt4_jax.generation.state import (
+    Chosen,
+    Prefix,
+    Settings,
+    SlotState,
+    init_state,
+    make_settings,
+)
 from minigpt4_jax.models.layout import Layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
-from minigpt4_jax.sharding import cache_sharding
+from minigpt4_jax.sharding import cache_sharding, replicated
 
 READ_TOGETHER = (1, 2, 4)
 """How many prompts of one size are read at once."""
@@ -99,7 +94,7 @@ class Runner:
             self._everywhere = self._cache_sharding = SingleDeviceSharding(device)
         else:
             heads = config.llama.num_kv_heads
-            self._everywhere = NamedSharding(mesh, PartitionSpec())
+            self._everywhere = replicated(mesh)
             self._cache_sharding = cache_sharding(mesh, num_kv_heads=heads)
 
     def make_state(self) -> SlotState:
@@ -124,8 +119,8 @@ class Runner:
         size = self.prompt_sizes.fit(length)
         for together in sorted(READ_TOGETHER, reverse=True):
             if together <= prompts:
-                try:
-                    batch, size = self.programs.choose("prefill", (together, size))
+                try:  # what puts them into a slot is compiled last
+                    batch, size = self.programs.choose("insert", (together, size))
                 except NotCompiled:
                     continue
                 return batch, size
@@ -265,15 +260,6 @@ class Runner:
 
     def move_program(self, state: SlotState) -> Program:
         return self._program("move", (), move_row, (state, _ZERO, _ZERO), donate=(0,))
-
-    def clear(self, state: SlotState, slot: int) -> SlotState:
-        """Empties the cache of a slot; takes the state away. NaN in it would reach the next request: what is masked
-        still counts as zero times its value."""
-        cleared: SlotState = self.clear_program(state)(state, np.int32(slot))
-        return cleared
-
-    def clear_program(self, state: SlotState) -> Program:
-        return self._program("clear", (), clear_row, (state, _ZERO), donate=(0,))
 
     # --- pictures ---
 

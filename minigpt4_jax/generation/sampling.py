@@ -233,7 +233,8 @@ def choose(
         drawn = jax.vmap(draw_row)(rows.seed, positions, likely)
         return jnp.where(draws, drawn, greedy)
 
-    return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
+    chosen: Int[Array, " B"] = jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
+    return chosen
 
 
 @flax.struct.dataclass

@@ -114,7 +114,10 @@ def score_rows(
 
     # As many blocks as the longest answer has: a number, not a shape, so that no length of an answer compiles anything.
     blocks = -(-jnp.max(lengths - prompt_lengths) // BLOCK)
-    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros(batch, jnp.float32))
+    total: Float[Array, " B"] = jax.lax.fori_loop(
+        0, blocks, add_block, jnp.zeros(batch, jnp.float32)
+    )
+    return total
 
 
 def score_answers(

@@ -114,9 +114,8 @@ def _stored(
     k: Float[Array, "R Sq K H"], v: Float[Array, "R Sq K H"], dtype: DTypeLike
 ) -> LayerCache:
     """What is written, in the cache's order of axes: `[R, K, Sq, H]` and, for int8, scales `[R, K, Sq]`."""
-    if (
-        k.shape[1] == 1
-    ):  # of a stretch NaN goes on, so that a prompt of it is seen; `insert` keeps it out of a slot
+    # NaN in a stretch goes on, so that a prompt of it is noticed; `insert` keeps it out of a slot.
+    if k.shape[1] == 1:
         k, v = without_nan(k), without_nan(v)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     if dtype != jnp.int8:

@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 
 from minigpt4_jax.config import ModelConfig
-from minigpt4_jax.generation.decode import (
-    decode_step,
-    init_state,
-    insert,
-    make_settings,
-    prefill,
-)
+from minigpt4_jax.generation.decode import decode_step, insert, prefill
 from minigpt4_jax.generation.sampling import GREEDY, Sampling, keep_likely
+from minigpt4_jax.generation.state import init_state, make_settings
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import make_model
 

@@ -9,11 +9,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "minigpt4.ipynb").read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.usefixtures("kept_programs")
 def test_every_cell_runs_and_does_what_the_text_beside_it_says(monkeypatch):
     monkeypatch.chdir(EXAMPLES)
     names = {}

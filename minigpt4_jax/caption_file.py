@@ -136,9 +136,7 @@ class CaptionFile:
 
     def _keep(self, lines: Iterable[bytes]) -> None:
         """Replaces the file by one with these lines."""
-        beside = self.path.with_name(f"{self.path.name}.part")
-        beside.write_bytes(b"".join(line + b"\n" for line in lines))
-        os.replace(beside, self.path)
+        _replace(self.path, b"".join(line + b"\n" for line in lines))
         self.close()
         self._file = self._open()
 
@@ -167,9 +165,18 @@ class CaptionFile:
             )
 
     def _write_meta(self, meta: Mapping[str, Any]) -> None:
-        beside = self.meta_path.with_name(f"{self.meta_path.name}.part")
-        beside.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, self.meta_path)
+        _replace(self.meta_path, (json.dumps(meta, indent=1) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes beside, then renames. An error names the file, and nothing is left behind."""
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -183,6 +183,20 @@ def test_a_row_that_cannot_be_written_whole_is_not_there(
         assert raised.value.errno == errno.ENOSPC
 
 
+def test_a_full_disk_is_said_when_a_run_begins_and_leaves_no_part_behind(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match="No space left") as raised:
+        CaptionFile(out, SETTINGS)
+    assert raised.value.filename == f"{out}.meta.json"
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
 def test_a_place_that_cannot_be_written_is_said_when_it_is_opened(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file or directory"):
         CaptionFile(tmp_path / "no" / "captions.jsonl", SETTINGS)

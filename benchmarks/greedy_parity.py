@@ -34,11 +34,11 @@ import numpy as np
 
 from convert.fetch import cache_folder, fetch_member
 from convert.smol import LANGUAGE
-from minigpt4_jax.api import load_frozen
 from minigpt4_jax.data.prompts import CHATML, Turn, conversation_pieces, encode_prompt
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.requests import Request
+from minigpt4_jax.loading import load_frozen
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.layout import DECODE, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model

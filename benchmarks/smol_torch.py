@@ -1,4 +1,4 @@
-"""The PyTorch side of `smol.py`: `transformers` models with the weights of the smol preset.
+"""The PyTorch side of `smol.py` and `inference_cpu.py`: `transformers` models with the weights of the smol preset.
 
 For: the twins that the benchmark times, as a user of `transformers` would run them: float32, eval, sdpa, inference
 mode. Not for: tests (`tests/parity`), which read the weights by the other libraries' own loaders. Needs the `parity`
@@ -7,17 +7,22 @@ extra.
 
 from __future__ import annotations
 
+import functools
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from measuring import until_stop
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, OptimizerConfig
 from minigpt4_jax.models.minigpt4 import Params
 
+COMPILED = "static, compiled"
+"""The static cache, and steps through `torch.compile`; needs a C++ compiler on a CPU."""
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -105,8 +110,8 @@ class ImageTwin:
 class LlamaTwin:
     """`LlamaForCausalLM` with its two kinds of cache, and the train step of the projection through it."""
 
-    def __init__(self, params: Params, config: ModelConfig, *, context: int) -> None:
-        self.config, self._context = config, context
+    def __init__(self, params: Params, config: ModelConfig) -> None:
+        self.config = config
         cfg = config.llama
         settings = transformers.LlamaConfig(
             vocab_size=cfg.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.mlp_width,
@@ -141,30 +146,86 @@ class LlamaTwin:
         embeds = self._embed(torch.tensor([ids]), torch.tensor(image_embeds))
         return self.model(inputs_embeds=embeds, use_cache=False).logits[0].numpy()
 
-    def stream(self, ids: Sequence[int], image_embeds: np.ndarray, *, cache: str) -> Any:
-        """Yields greedy tokens without end. `cache` is `dynamic` or `static` (as many slots as our engine has)."""
-        prompt, rows = torch.tensor([ids]), torch.tensor(image_embeds)
-        with torch.inference_mode():
-            past: Any
-            if cache == "static":
-                past = transformers.StaticCache(
-                    config=self.model.config, max_cache_len=self._context
-                )
-            else:
-                past = transformers.DynamicCache(config=self.model.config)
-            output = self.model(
-                inputs_embeds=self._embed(prompt, rows), past_key_values=past, use_cache=True, logits_to_keep=1
-            )  # fmt: skip
-        while True:
-            # A generator must not keep the mode over a yield: it would leak into the caller.
-            with torch.inference_mode():
-                token = output.logits[0, -1].argmax()
-                chosen = int(token)
-            yield chosen
-            with torch.inference_mode():
-                output = self.model(
-                    input_ids=token.view(1, 1), past_key_values=past, use_cache=True
-                )
+    @torch.inference_mode()
+    def first_tokens(
+        self, prompts: Sequence[Sequence[int]], image_embeds: np.ndarray, *, cache: str, room: int
+    ) -> tuple[list[int], Any]:
+        """The likeliest first token of each answer, and the cache of the prompts.
+
+        Args:
+            prompts: of one length, so that nothing is padded.
+            image_embeds: `[B, R, D]`.
+            cache: `dynamic`, or one of the static ones, with exactly as many places as prompt and answer need.
+            room: tokens of the answer.
+        """
+        ids = torch.tensor(prompts)
+        past: Any
+        if cache != "dynamic":
+            places = ids.shape[1] + room
+            past = transformers.StaticCache(config=self.model.config, max_cache_len=places)
+        else:
+            past = transformers.DynamicCache(config=self.model.config)
+        output = self.model(
+            inputs_embeds=self._embed(ids, torch.tensor(image_embeds)),
+            past_key_values=past, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        return output.logits[:, -1].argmax(-1).tolist(), past
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        """The model through `torch.compile`: a minute on the first call."""
+        return torch.compile(self.model, dynamic=False)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: np.ndarray,
+        *,
+        cache: str,
+        steps: int,
+    ) -> float:
+        """Seconds that `steps` greedy steps take behind the first two tokens of the answers.
+
+        All tokens come to the host at every step, as they must to be shown. The prompt is never read by the compiled
+        model: it has another shape.
+        """
+        tokens, past = self.first_tokens(prompts, image_embeds, cache=cache, room=steps + 2)
+        model = self._compiled if cache == COMPILED else self.model
+        start = 0.0
+        for number in range(steps + 1):
+            output = model(
+                input_ids=torch.tensor(tokens)[:, None], past_key_values=past, use_cache=True
+            )
+            tokens = output.logits[:, -1].argmax(-1).tolist()
+            start = start if number else time.perf_counter()
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_embeds: np.ndarray,
+        *,
+        cache: str,
+        max_new_tokens: int,
+        stop_tokens: Collection[int],
+    ) -> list[list[int]]:
+        """`transformers`' own `generate`: greedy, left-padded, until every row has stopped. The stops are left out."""
+        stops = sorted(stop_tokens)
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompts])
+        counts = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+        found = self.model.generate(
+            inputs_embeds=self._embed(ids, torch.tensor(image_embeds)),
+            attention_mask=counts,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            cache_implementation="static" if cache == "static" else None,
+        )
+        return [until_stop(row, stop_tokens) for row in found.tolist()]
 
     def train_step(
         self, projection: Params, batch: dict[str, np.ndarray], optimizer: OptimizerConfig

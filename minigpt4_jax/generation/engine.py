@@ -174,7 +174,7 @@ class Engine(Loop):
         """
         first = requests[0]
         for request in requests:
-            self._require_room(request)
+            self._check(request)
             if _beam_settings(request) != _beam_settings(first):
                 raise ValueError(
                     f"A beam search got requests with {_beam_settings(first)} and {_beam_settings(request)}; "

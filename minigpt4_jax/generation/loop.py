@@ -79,9 +79,9 @@ class Loop:
         With a seed, answer `i` draws by `seed + i`.
 
         Raises:
-            ValueError: prompt and answer together exceed the context.
+            ValueError: prompt and answer together exceed the context, or an id is not in the vocabulary.
         """
-        self._require_room(request)
+        self._check(request)
         shared = SharedPrompt(waiting=count)
         found = [
             Generation(request=request.with_seed_plus(number), shared=shared)
@@ -90,7 +90,16 @@ class Loop:
         self._waiting.extend(found)
         return found
 
-    def _require_room(self, request: Request) -> None:
+    def _check(self, request: Request) -> None:
+        """What would fail later, in the middle of others' answers, fails here."""
+        ids = (*request.prompt, *request.stop_tokens, *request.written)
+        ids += tuple(token for token, _ in request.sampling.logit_bias)
+        vocab = self._runner.config.llama.vocab_size
+        strange = sorted({token for token in ids if not -1 <= token < vocab})
+        if strange:
+            raise ValueError(
+                f"The request holds the ids {strange[:5]}; expected 0 to {vocab - 1}, those of the vocabulary."
+            )
         if len(request.prompt) + request.max_new_tokens > self.context:
             raise ValueError(
                 f"The prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for; "
@@ -122,18 +131,20 @@ class Loop:
         A fault of the device ends every request in flight with `finish_reason` "error", and the slots are made anew;
         what waits goes on waiting.
         """
+        changed: dict[int, Generation] = {}
         try:
             self._admit()
             dispatched = self._dispatch()
-            return self._collect(leave=1 if dispatched else 0)
+            self._collect(changed, leave=1 if dispatched else 0)
         # Whatever the device raises: the state was donated and is lost, and the engine goes on with a new one.
         except Exception as error:
             self.counters.faults += 1
-            return self._abandon("error", error)
+            changed |= {id(generation): generation for generation in self._abandon("error", error)}
         # Ctrl-C inside a dispatch: the old state was donated, and the new one has no name yet.
         except BaseException:
             self._abandon("cancelled", None)
             raise
+        return list(changed.values())
 
     # --- letting requests in ---
 
@@ -270,9 +281,8 @@ class Loop:
             leaf.copy_to_host_async()
         self._pending.append(Pending(chosen, generations))
 
-    def _collect(self, *, leave: int) -> list[Generation]:
-        """Reads all but the newest `leave` of what was dispatched."""
-        changed: dict[int, Generation] = {}
+    def _collect(self, changed: dict[int, Generation], *, leave: int) -> None:
+        """Reads all but the newest `leave` of what was dispatched; adds to `changed`, also where a reading fails."""
         while len(self._pending) > leave:
             pending = self._pending.popleft()
             chosen: Chosen = jax.device_get(pending.chosen)
@@ -280,7 +290,6 @@ class Loop:
                 if not generation.finished and chosen.token[row] >= 0:
                     self._take(generation, chosen, row)
                     changed[id(generation)] = generation
-        return list(changed.values())
 
     def _take(self, generation: Generation, chosen: Chosen, row: int) -> None:
         if not chosen.finite[row]:

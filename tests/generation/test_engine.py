@@ -132,22 +132,28 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
     tiny_params: Any, tiny_config: ModelConfig, prompts: Any, compiles: list[str]
 ) -> None:
     fresh = make_engine(tiny_params, tiny_config, context=CONTEXT)
-    # Another length, another answer length, a picture or none: the same bucket of 64, the same slots (the context).
-    one, none = prompts[0], prompts[2]
-    answer(fresh, one)
+    ids, embeds = prompts[0]
+
+    def ask(first: int, length: int, **changes: Any) -> None:
+        """A prompt of some length, with the picture or none; the first token is new: nothing is continued."""
+        shown = changes.pop("shown", True)
+        picture = ids if shown else []
+        filled = [first, *range(60, 60 + length - 1 - len(picture)), *picture]
+        answer(fresh, (filled, embeds if shown else None), **changes)
+
+    # Another length, another answer length, a picture or none: the same size of 64, the same places (the context).
+    ask(1, 52)
     assert compiles, "the listener hears nothing; the test shows nothing"
     compiles.clear()
-    answer(fresh, one, steps=3)
-    answer(fresh, none, steps=7)
-    answer(fresh, (one[0] + [*range(50, 59)], one[1]), stop_tokens={1})
+    ask(2, 52, steps=3)
+    ask(3, 50, steps=7, shown=False)
+    ask(4, 64, stop_tokens={1})
     assert compiles == []
-    longer = ([3, *one[0], *[2] * 40], one[1])
-    assert fresh._runner.prompt_sizes.fit(len(longer[0])) > 64
-    answer(fresh, longer, steps=3)
-    assert compiles, "a new bucket is a new program"
+    ask(5, 70, steps=3)
+    assert compiles, "a new size is a new program"
     compiles.clear()
-    answer(fresh, ([4, 5, *longer[0]], longer[1]), steps=2)
-    answer(fresh, none)
+    ask(6, 90, steps=2)
+    ask(7, 60, shown=False)
     assert compiles == []
 
 
@@ -158,16 +164,18 @@ def test_nothing_compiles_for_further_pictures(
     slots = tiny_config.num_image_tokens
     pixels = np.zeros((1, *[tiny_config.vit.image_size] * 2, 3), np.float32)
     shown = [fresh.encode_images(pixels)[0]]
-    answer(fresh, prompts[2])  # not one picture yet
+    answer(fresh, ([*range(100, 150)], None))  # not one picture yet
     assert compiles
     compiles.clear()
     most = 64 // slots
     for pictures in (1, 2, 3, most):
         shown += [fresh.encode_images(pixels)[0]] * (pictures - len(shown))
-        ids = [*[IMAGE_TOKEN_ID] * (slots * pictures), 5][:61]  # with 3 new tokens within 64 slots
+        images = [IMAGE_TOKEN_ID] * (slots * pictures)
+        ids = [pictures, *[*range(50), *images, 5][-60:]]  # always of the size 64, never continued
         if ids.count(IMAGE_TOKEN_ID) == slots * pictures:
             # They stay on the device; then as NumPy, which need not be whole pictures.
             fresh.generate([Request(prompt=ids, image_embeds=shown[:pictures], max_new_tokens=3)])
+        ids[0] += 100
         answer(fresh, (ids, np.concatenate(shown)[: ids.count(IMAGE_TOKEN_ID)]), steps=3)
     assert compiles == []
 
@@ -233,7 +241,17 @@ def roomy(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
 
 @pytest.mark.parametrize(
     ("length", "expected"),
-    [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (129, 192), (513, 768), (1025, 1100)],
+    [
+        (1, 32),
+        (32, 32),
+        (33, 48),
+        (49, 64),
+        (65, 96),
+        (97, 128),
+        (129, 192),
+        (513, 768),
+        (1025, 1100),
+    ],
 )
 def test_prompts_are_padded_to_powers_of_two_and_halfway_up_to_the_context(
     length: int, expected: int, roomy: Engine
@@ -326,6 +344,23 @@ def test_placeholders_and_embeddings_must_match(
 def test_prompt_and_answer_must_fit_the_context(length: int, steps: int, engine: Engine) -> None:
     with pytest.raises(ValueError, match=f"{length} tokens and {steps} new.*at most {CONTEXT}"):
         answer(engine, ([1] * length, None), steps=steps)
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": (1, 384)},
+        {"stop_tokens": {384}},
+        {"written": [384]},
+        {"sampling": Sampling(logit_bias=((384, 1.0),))},
+    ],
+)
+def test_ids_beyond_the_vocabulary_are_refused_before_anything_runs(
+    changes: Any, engine: Engine
+) -> None:
+    with pytest.raises(ValueError, match=r"holds the ids \[384\]; expected 0 to 383"):
+        engine.submit(Request(**{"prompt": (1,), "max_new_tokens": 1, **changes}))
     assert not engine.busy
 
 

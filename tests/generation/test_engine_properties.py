@@ -220,11 +220,16 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(times):
             self.run_step()
 
-    @rule(kind=st.sampled_from(["prefill", "insert", "extend", "decode", "move", "read"]))
+    @rule(
+        kind=st.sampled_from(
+            ["prefill", "insert", "extend", "decode", "move", "read", "second read"]
+        )
+    )
     def fail_at(self, kind: str) -> None:
         """The next device call of this kind raises, if the next step makes one."""
-        if kind == "read":
-            with mock.patch("jax.device_get", side_effect=PlantedFault(kind)):
+        if kind.endswith("read"):
+            answers = [PlantedFault(kind)] if kind == "read" else [mock.DEFAULT, PlantedFault(kind)]
+            with mock.patch("jax.device_get", wraps=jax.device_get, side_effect=answers):
                 self.run_step()
             return
         self.programs.armed = kind
@@ -422,6 +427,17 @@ def test_answers_to_one_prompt_draw_by_seeds_of_their_own_and_read_it_once(world
     assert [each.ids for each in answers] == [world.alone(3, seed) for seed in seeds]
     assert len({tuple(each.ids) for each in answers}) == 3
     assert engine.counters.prefills == 1
+
+
+def test_who_ended_before_the_fault_of_the_same_step_is_said_to_have_ended(world: World) -> None:
+    engine = world.make_engine()
+    ids, _ = world.prompts[1]
+    first, second = (engine.submit(Request(prompt=ids, max_new_tokens=1))[0] for _ in range(2))
+    answers = [mock.DEFAULT, PlantedFault("the second reading")]
+    with mock.patch("jax.device_get", wraps=jax.device_get, side_effect=answers):
+        changed = engine.step()
+    assert [first.finish_reason, second.finish_reason] == ["length", "error"]
+    assert {id(each) for each in changed} == {id(first), id(second)}
 
 
 def test_what_a_request_of_nan_leaves_behind_reaches_nobody(world: World) -> None:

@@ -1,0 +1,153 @@
+"""The tables of README.md and docs/performance.md, from the JSON files of benchmarks/results.
+
+    python benchmarks/tables.py
+
+Whatever stands between `<!-- table: NAME -->` and `<!-- end -->` in a page is written anew. Tests compare: a page never
+shows a number that is not in the file, and no file holds rows that no page shows. Not for: measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def ratios(result: dict[str, Any]) -> str:
+    """Rows of two sides that took turns (`measuring.summary`), and what they were measured on."""
+    lines = ["| what | here | there | ratio | over the rounds |", "|---|---|---|---|---|"]
+    for row in result["rows"].values():
+        low, high = row["ratio_of_rounds"]
+        here, there = row["ms"]["ours"], row["ms"][row["best_variant"]]
+        lines.append(
+            f"| {row['what']} | {here:,.2f} | {there:,.2f} ({row['best_variant']}) | {row['ratio']:.2f} "
+            f"| {low:.2f} to {high:.2f} |"
+        )
+    most = max(row["load_after"] for row in result["rows"].values())
+    rounds = sorted({row.get("rounds", result.get("rounds")) for row in result["rows"].values()})
+    said = f"Medians of {' to '.join(map(str, rounds))} rounds"
+    return "\n".join([f"{said} {_where(result, most)}.", "", *lines])
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Rows of a GPU host: what was reached, and the share of what the card can do."""
+    lines = ["| what | reached | ms | share |", "|---|---|---|---|"]
+    for row in result["rows"].values():
+        if "error" in row:
+            lines.append(f"| {row['what']} | failed: {row['error'].splitlines()[0][:80]} | | |")
+        elif "steps" not in row:
+            lines.append(f"| {row['what']} | {_reached(row)} | {row['ms']:,.2f} | {_of(row)} |")
+    ceilings = next((row for row in result["rows"].values() if "bytes_per_s" in row), None)
+    said = f"{_where(result, None)}.".removeprefix("on ").capitalize()
+    if ceilings:
+        said += (
+            f" Copy bandwidth {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, matmul {ceilings['flop_per_s'] / 1e12:.0f} "
+            "TFLOP/s, measured in the process of the first row."
+        )
+    return "\n".join([said, "", *lines])
+
+
+def gpu_settings(result: dict[str, Any]) -> str:
+    """Bare decode steps under each set of command buffers, and what XLA made of them."""
+    names = (
+        "kernels_per_layer",
+        "converts_fused",
+        "converts_alone",
+        "cache_copies",
+        "alias_bytes",
+        "cache_bytes",
+    )
+    lines = [
+        "| command buffers | step | ms | kernels per layer | int8 converts fused / alone | cache copies | aliased |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, row in result["rows"].items():
+        for step, found in row.get("steps", {}).items():
+            kernels, fused, alone, copies, alias, cache = (found[name] for name in names)
+            aliased = "the cache" if alias >= cache else f"{alias} of {cache} bytes"
+            lines.append(
+                f"| {key.removeprefix('settings_')} | {step} | {found['ms']:.3f} | {kernels} | {fused} / {alone} "
+                f"| {len(copies)} | {aliased} |"
+            )
+    return "\n".join(lines)
+
+
+COMMANDS = {
+    "inference_cpu": "python benchmarks/inference.py --device cpu --out benchmarks/results/inference_cpu.json",
+    "inference_gpu": "python benchmarks/inference.py --device gpu --out benchmarks/results/inference_gpu.json",
+    "decode_layout": "python benchmarks/decode_layout.py --out benchmarks/results/decode_layout.json",
+    "smol": "python benchmarks/smol.py --out benchmarks/results/smol.json",
+}
+"""File of results -> the command that writes it."""
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "inference_cpu": ("inference_cpu", ratios),
+    "decode_layout": ("decode_layout", ratios),
+    "smol": ("smol", ratios),
+    "inference_gpu": ("inference_gpu", gpu),
+    "gpu_settings": ("inference_gpu", gpu_settings),
+}
+"""Name in a page -> file of results, and what makes a table of it."""
+
+UNMEASURED = {
+    "inference_gpu": "Not measured: no GPU was available.",
+    "gpu_settings": "Not measured: no GPU was available.",
+}
+
+
+def table(name: str) -> str:
+    """What a page shows under a name: the numbers, or that there are none yet and how to get them."""
+    file, make = TABLES[name]
+    path = RESULTS / f"{file}.json"
+    if not path.exists():
+        said = UNMEASURED.get(name, "Not measured yet.")
+        return f"{said} `{COMMANDS[file]}` and `python benchmarks/tables.py` fill this in."
+    return make(json.loads(path.read_text()))
+
+
+def filled(text: str) -> str:
+    """A page with its tables as they must be."""
+    return _TABLE.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", text)
+
+
+def _where(result: dict[str, Any], most: float | None) -> str:
+    hardware = result["hardware"]
+    on = f"on {hardware['gpu']}" if "gpu" in hardware else f"on an {hardware['cpu']}"
+    if "threads" in hardware:
+        on = f"on {hardware['threads']} threads of an {hardware['cpu']}"
+    on += f" with {hardware['cores']} cores"
+    if most is not None:
+        on += f" (load {hardware['load_before']:.1f} at the start, up to {most:.1f} behind a row)"
+    names = ("python", "jax", "flax", "torch", "transformers")
+    return f"{on}; " + ", ".join(f"{name} {hardware[name]}" for name in names if name in hardware)
+
+
+def _reached(row: dict[str, Any]) -> str:
+    for key, unit in (("tokens_per_s", "tokens/s"), ("images_per_s", "pictures/s")):
+        if key in row:
+            return f"{row[key]:,.1f} {unit}"
+    return ""
+
+
+def _of(row: dict[str, Any]) -> str:
+    for key, ceiling in (("share_of_roofline", "bytes"), ("share_of_peak", "matmul")):
+        if key in row:
+            return f"{row[key]:.0%} of {ceiling}"
+    return ""
+
+
+def main() -> None:
+    """Writes the pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

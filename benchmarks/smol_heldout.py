@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from minigpt4_jax import GenerationConfig, MiniGPT4, UserError
+from minigpt4_jax import Ask, GenerationConfig, MiniGPT4, UserError
 
 LIST = Path(__file__).with_name("smol_heldout.json")
 QUESTION = "What is this?"
@@ -89,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--pictures", type=Path, required=True, help="the vendor's folder of PNG")
     parser.add_argument("--projection", type=Path, help="default: the shipped one")
-    parser.add_argument("--batch", type=int, default=32, help="pictures decoded together")
+    parser.add_argument("--slots", type=int, default=32, help="pictures answered side by side")
     parser.add_argument("--limit", type=int, help="only the first N of the list (a quick look)")
     parser.add_argument("--out", type=Path, help="where the JSON goes (default: not written)")
     args = parser.parse_args()
@@ -100,18 +100,21 @@ def main() -> int:
         return 2
     console = Console(stderr=True)
     try:
-        model = MiniGPT4.load("smol", projection=args.projection)
+        model = MiniGPT4.load("smol", projection=args.projection, num_slots=args.slots)
     except UserError as error:
         print(error)
         return 2
-    generation = GenerationConfig()
-    start, answers = time.perf_counter(), []
-    batches = range(0, len(items), args.batch)
-    for first in track(batches, description="asking", console=console):
-        files = [args.pictures / item["file"] for item in items[first : first + args.batch]]
-        padded = files + files[-1:] * (args.batch - len(files))
-        replies = model.generate(padded, [QUESTION] * args.batch, generation=generation)
-        answers += replies[: len(files)]
+    start, answers = time.perf_counter(), [""] * len(items)
+    asks = (
+        Ask(key=place, images=[args.pictures / item["file"]], prompt=QUESTION)
+        for place, item in enumerate(items)
+    )
+    outcomes = model.answer_each(asks, generation=GenerationConfig())
+    for place, outcome in track(outcomes, "asking", total=len(items), console=console):
+        if isinstance(outcome, UserError):
+            print(outcome)
+            return 2
+        answers[place] = outcome[0].text
     result = {"question": QUESTION, "seconds": round(time.perf_counter() - start, 1)}
     result |= score(items, answers)
     for line in (

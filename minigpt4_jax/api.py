@@ -2,59 +2,89 @@
 
     from minigpt4_jax import MiniGPT4
 
-    chat = MiniGPT4.load("smol").start_chat()
-    chat.add_image("examples/coffee.jpg")
-    print(chat.ask("What is this?"))
+    model = MiniGPT4.load("smol")
+    print(model.generate(["examples/coffee.jpg", "examples/flower.jpg"], ["What is this?"] * 2))
 
 Not for: arguments and printing (`cli.py`), HTTP (`serving/`), finding and reading weights (`loading.py`), or the
 device loop (`generation/engine.py`).
-Differs from the original, whose only interface is a Gradio page: a `Chat` keeps its own history, so one loaded model
-serves any number of them.
+Differs from the original, whose only interface is a Gradio page: one loaded model serves any number of conversations
+and batches, and keeps the embeddings of pictures that it has seen.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, overload
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
 from minigpt4_jax import loading
+from minigpt4_jax.answers import Answer, AnswerRun, Ask, KeyT, Outcome
+from minigpt4_jax.asking import Scored, rank
+from minigpt4_jax.chat import Chat
 from minigpt4_jax.config import UserError
 from minigpt4_jax.conversation import Conversation
-from minigpt4_jax.data.images import load_image, preprocess
 from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.generation.engine import Engine
-from minigpt4_jax.generation.requests import Request
-from minigpt4_jax.generation.sampling import Sampling
+from minigpt4_jax.image_cache import MAX_BYTES, ImageCache, ImageEncoder, Picture, PreparedImage
 from minigpt4_jax.model_folder import find_preset
-from minigpt4_jax.models.layout import DECODE
+from minigpt4_jax.models.layout import DECODE, DECODE_INT8, Layout
 from minigpt4_jax.models.minigpt4 import Params
-from minigpt4_jax.presets import MAX_SEED, GenerationConfig, Preset
+from minigpt4_jax.presets import GenerationConfig, Preset
 
-__all__ = ["Chat", "GenerationConfig", "MiniGPT4"]
+__all__ = ["Answer", "Ask", "Chat", "GenerationConfig", "MiniGPT4", "Scored"]
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    Picture = str | Path | bytes | Image.Image
+Shown = Picture | Sequence[Picture] | None
+"""What a question is about: a picture, several, or none."""
 
 
 class MiniGPT4:
-    """A loaded model. Build one with `MiniGPT4.load`."""
+    """A loaded model. Build one with `MiniGPT4.load`. Use it from one thread at a time."""
 
     def __init__(
-        self, preset: Preset, params: Params, tokenizer: Tokenizer, *, dtype: Any, context: int
+        self,
+        preset: Preset,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        dtype: Any,
+        layout: Layout,
+        cache_dtype: Any,
+        context: int,
+        num_slots: int,
+        fingerprint: str,
     ) -> None:
         self.preset = preset
         self.tokenizer = tokenizer
         self.context = context
-        self._engine = Engine(params, preset.model, dtype=dtype, context=context, num_slots=8)
+        self.fingerprint = fingerprint
+        """Of weights and dtypes: what equals it gives the same answers."""
+        self._engine = Engine(
+            params,
+            preset.model,
+            dtype=dtype,
+            layout=layout,
+            cache_dtype=cache_dtype,
+            context=context,
+            num_slots=num_slots,
+        )
+        self.image_cache = ImageCache(MAX_BYTES)
+        """Embeddings of the pictures that were shown last; counts its hits and misses."""
+        self._encoder = ImageEncoder(
+            self._engine.encode_images,
+            self.image_cache,
+            model=fingerprint,
+            size=preset.model.vit.image_size,
+            mean=preset.image_mean,
+            std=preset.image_std,
+        )
 
     @classmethod
     def load(
@@ -62,8 +92,10 @@ class MiniGPT4:
         name: str = "smol",
         *,
         projection: str | Path | None = None,
-        dtype: str = "auto",
+        weights: str = "auto",
+        cache: str = "auto",
         context: int = 1024,
+        num_slots: int = 8,
         progress: loading.Progress | None = None,
     ) -> MiniGPT4:
         """Loads a model. The first `load("smol")` fetches and converts its frozen parts into the cache.
@@ -72,102 +104,202 @@ class MiniGPT4:
             name: `smol`, the preset whose weights this project can get by itself, or the model folder that
                 `python -m convert` wrote: a path, or a URL such as `gs://bucket/vicuna-7b`.
             projection: a projection file; default: the one in the folder, and for `smol` the one that is shipped.
-            dtype: `float32`, `bfloat16`, or `auto`: bfloat16 on an accelerator, float32 on a CPU.
+            weights: `float32`, `bfloat16`, `int8` (the language model's matrices, with one scale per output channel;
+                everything else as with `auto`), or `auto`: bfloat16 on an accelerator, float32 on a CPU.
+            cache: `int8` (with one scale per token and head), or `auto`: the dtype that is computed in.
             context: longest prompt plus answer of a conversation, in tokens; a picture takes 16 in `smol`.
+            num_slots: answers that are written side by side; the memory of the cache grows with it.
             progress: told what is being converted on the first call.
 
         Raises:
             UserError: no such model, a download that failed, a damaged folder, a projection of another model.
         """
+        _check_choice("weights", weights, ("auto", "float32", "bfloat16", "int8"))
+        _check_choice("cache", cache, ("auto", "int8"))
         preset = find_preset(name)
-        storage = loading.pick_dtype(dtype)
+        dtype = loading.pick_dtype("auto" if weights == "int8" else weights)
+        layout = DECODE_INT8 if weights == "int8" else DECODE
         params, tokenizer = loading.load_decode_params(
-            name, dtype=storage, layout=DECODE, projection=projection, progress=progress
+            name, dtype=dtype, layout=layout, projection=projection, progress=progress
         )
-        return cls(preset, params, tokenizer, dtype=storage, context=context)
+        return cls(
+            preset,
+            params,
+            tokenizer,
+            dtype=dtype,
+            layout=layout,
+            cache_dtype=jnp.int8 if cache == "int8" else dtype,
+            context=context,
+            num_slots=num_slots,
+            fingerprint=_fingerprint(
+                name, params["llama_proj"], settings=(dtype.name, layout.int8, cache)
+            ),
+        )
+
+    # --- one question at a time ---
 
     def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
         """A new conversation; any number may exist side by side. `generation` None is the preset's own."""
-        return Chat(self, generation or self.preset.generation)
+        return Chat(
+            self._engine,
+            self._encoder,
+            conversation=self._conversation(),
+            generation=generation or self.preset.generation,
+        )
 
-    def embed_images(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "I T D"]:
-        """Embeddings of pictures in the language model's space, float32 `[I, image tokens, width]`."""
-        size = self.preset.model.vit.image_size
-        pixels = [
-            preprocess(
-                load_image(picture),
-                size=size,
-                mean=self.preset.image_mean,
-                std=self.preset.image_std,
-            )
-            for picture in pictures
-        ]
-        return np.stack(self._engine.encode_images(np.stack(pixels))).astype(np.float32)
+    def stream(
+        self, images: Shown, prompt: str, *, generation: GenerationConfig | None = None
+    ) -> Iterator[str]:
+        """Yields the answer to one question in pieces of text, as it is written. Closing the iterator stops it.
 
-    def generate(
-        self,
-        pictures: Sequence[Picture],
-        questions: Sequence[str],
-        *,
-        generation: GenerationConfig | None = None,
-    ) -> list[str]:
-        """One answer per (picture, question) pair, decoded together; each is the answer that a chat gives alone.
-
-        With a seed, every row draws by it; without one each row has a seed of its own.
+        Args:
+            images: what it is about, in order: a picture, several, or None.
 
         Raises:
-            UserError: the numbers of pictures and questions differ, or a prompt does not fit the context.
+            ContextFull: question or pictures do not fit.
+            UserError: one of them is no picture.
         """
-        if len(pictures) != len(questions):
-            raise UserError(
-                f"There are {len(pictures)} pictures and {len(questions)} questions; expected one question each."
-            )
-        if not pictures:
-            return []
-        config = generation or self.preset.generation
-        chats = [self._conversation() for _ in questions]
-        embeds = self.embed_images(pictures)
-        prompts = []
-        for chat, question, rows in zip(chats, questions, embeds, strict=True):
-            chat.add_image(rows)
-            prompts.append(chat.ask(question, room=config.max_new_tokens))
-        shown, first = list(embeds), chats[0]
-        if config.num_beams > 1:
-            answers = self._search(prompts, shown, first, config, config.max_new_tokens)
-        else:
-            requests = [
-                _request(prompt, [rows], first, config, seed=pick_seed(config))
-                for prompt, rows in zip(prompts, shown, strict=True)
-            ]
-            answers = [generation.ids for generation in self._engine.generate(requests)]
-        return [
-            chat.add_answer(_read(chat, ids), ids) for chat, ids in zip(chats, answers, strict=True)
-        ]
+        chat = self.start_chat(generation)
+        for picture in _pictures(images):
+            chat.add_image(picture)
+        return chat.stream(prompt)
 
-    def _search(
+    # --- many questions at once ---
+
+    @overload
+    def generate(
         self,
-        prompts: Sequence[Sequence[int]],
-        image_embeds: Sequence[Float[np.ndarray, "_ D"] | None],
-        chat: Conversation[Any],
-        config: GenerationConfig,
-        max_new_tokens: int,
-    ) -> list[list[int]]:
-        """The best answer to each prompt that beams find; `chat` says what ends an answer and counts as written.
+        images: Sequence[Shown],
+        prompts: Sequence[str],
+        *,
+        generation: GenerationConfig | None = None,
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        images: Sequence[Shown],
+        prompts: Sequence[str],
+        *,
+        generation: GenerationConfig | None = None,
+        n: int,
+        logprobs: bool = False,
+    ) -> list[list[Answer]]: ...
+    def generate(
+        self,
+        images: Sequence[Shown],
+        prompts: Sequence[str],
+        *,
+        generation: GenerationConfig | None = None,
+        n: int | None = None,
+        logprobs: bool = False,
+    ) -> list[str] | list[list[Answer]]:
+        """The answer to each prompt, in order; each is the one that a chat gives alone.
 
-        As in the original a stop string ends no beam: the text behind it is cut off afterwards.
+        The simple call returns texts. With `n` it returns `n` `Answer`s to each prompt, which also tell their ids, why
+        they ended and, with `logprobs`, how likely every token was.
+
+        Args:
+            images: what each prompt is about: a picture, several (a list), or None.
+            generation: how answers are written; None is the preset's own. With a seed every prompt draws by it (and
+                the `i`-th of `n` answers by `seed + i`); without one every answer has a seed of its own.
+
+        Raises:
+            UserError: the numbers of images and prompts differ, a picture cannot be opened, a prompt does not fit the
+                context, or `n` answers would all be the same.
         """
-        limited = dataclasses.replace(config, max_new_tokens=max_new_tokens)
-        found = self._engine.beam_search(
-            [
-                _request(prompt, [] if rows is None else [rows], chat, limited, seed=0)
-                for prompt, rows in zip(prompts, image_embeds, strict=True)
-            ],
-            num_beams=config.num_beams,
-            length_penalty=config.length_penalty,
-        )
-        return [hypotheses[0].ids for hypotheses in found]
+        if isinstance(prompts, str) or len(images) != len(prompts):
+            found = "one str" if isinstance(prompts, str) else str(len(prompts))
+            raise UserError(
+                f"There are {len(images)} entries in images and {found} in prompts; expected two lists of one length, "
+                "with a picture, a list of pictures or None for each prompt."
+            )
+        if logprobs and n is None:
+            raise UserError("logprobs is True without n; expected n (1 or more) with it.")
+        asks = [
+            Ask(key=place, images=_pictures(shown), prompt=prompt)
+            for place, (shown, prompt) in enumerate(zip(images, prompts, strict=True))
+        ]
+        found_for: dict[int, list[Answer]] = {}
+        for place, outcome in self.answer_each(
+            asks, generation=generation, n=n or 1, logprobs=logprobs
+        ):
+            if isinstance(outcome, UserError):
+                raise outcome
+            found_for[place] = list(outcome)
+        answers = [found_for[place] for place in range(len(prompts))]
+        return [first.text for first, *_ in answers] if n is None else answers
 
-    def _conversation(self) -> Conversation[Float[np.ndarray, "T D"]]:
+    def answer_each(
+        self,
+        asks: Iterable[Ask[KeyT]],
+        *,
+        generation: GenerationConfig | None = None,
+        n: int = 1,
+        logprobs: bool = False,
+    ) -> Generator[tuple[KeyT, Outcome], None, None]:
+        """Yields (key, answers) of each question as it is finished, whatever their number: they are taken as needed.
+
+        A question that cannot be asked (a bad picture, a prompt that does not fit) is answered with the `UserError`
+        that says why, and the others go on. No more than `2 * num_slots` questions are taken ahead. Closing the
+        iterator takes back what is being written. Seeds, `n` and `logprobs` as in `generate`.
+        """
+        run: AnswerRun[KeyT] = AnswerRun(
+            self._engine,
+            self._encoder,
+            self._conversation,
+            generation=generation or self.preset.generation,
+            n=n,
+            logprobs=logprobs,
+        )
+        return run.answer(asks)
+
+    # --- pictures and likelihoods ---
+
+    def embed_images(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "I T D"]:
+        """Embeddings of pictures in the language model's space, float32 `[I, image tokens, width]`.
+
+        Encoded together; a picture that was shown before, to a chat too, is not encoded again.
+        """
+        config = self.preset.model
+        found = np.zeros((len(pictures), config.num_image_tokens, config.llama.width), np.float32)
+        for place, embeds in enumerate(self._encoder.embed(pictures)):
+            found[place] = np.asarray(embeds, np.float32)
+        return found
+
+    def score(
+        self,
+        images: Shown,
+        prompt: str,
+        candidates: Sequence[str],
+        *,
+        normalise: str = "tokens",
+    ) -> list[Scored]:
+        """Candidates as answers to a question, the likeliest first; of equal ones the earlier.
+
+        A candidate counts with the end symbol that answers were trained with.
+
+        Args:
+            images: as in `stream`.
+            normalise: `tokens` divides a log-probability by the candidate's number of tokens, so that long ones are
+                not at a disadvantage; `none` compares probabilities; `original` is the original's `multi_select`,
+                which divides by the tokens of prompt and candidate together.
+
+        Raises:
+            UserError: no candidate, an empty one, another `normalise`, or a prompt that does not fit the context.
+        """
+        chat = self._conversation()
+        for embeds in self._encoder.embed(_pictures(images)):
+            chat.add_image(embeds)
+        return rank(
+            self._engine,
+            chat,
+            prompt=prompt,
+            candidates=candidates,
+            tokenizer=self.tokenizer,
+            normalise=normalise,
+        )
+
+    def _conversation(self) -> Conversation[Any]:
         return Conversation(
             get_template(self.preset.template),
             self.tokenizer,
@@ -176,116 +308,24 @@ class MiniGPT4:
         )
 
 
-class Chat:
-    """One conversation with a model: pictures, questions, answers, all remembered."""
-
-    def __init__(self, model: MiniGPT4, generation: GenerationConfig) -> None:
-        self._model = model
-        self._generation = generation
-        self._conversation = model._conversation()
-        self.seed = pick_seed(generation)
-        """By which answers are drawn: the one that was asked for, or the one that was picked for this conversation."""
-        self.last_answer = ""
-        """The newest answer, cleaned."""
-        self.finish_reason: Literal["", "stop", "length", "cancelled"] = ""
-        """Why it ended: by itself, at `max_new_tokens` or the end of the context, or because the caller stopped."""
-
-    def add_image(self, picture: Picture) -> None:
-        """Shows a picture; the next question is about it. At any time, any number: all of them stay in view.
-
-        Encoded once, whatever is asked later.
-
-        Raises:
-            ContextFull: the conversation has no room for it; nothing was added.
-            UserError: it is not a picture.
-        """
-        self._conversation.add_image(self._model.embed_images([picture])[0])
-
-    def ask(self, question: str) -> str:
-        """Asks and returns the whole answer."""
-        for _ in self.stream(question):
-            pass
-        return self.last_answer
-
-    def stream(self, question: str) -> Iterator[str]:
-        """Asks and yields the answer in pieces of text as it is written; with beams in one piece, when it is found.
-
-        What was written so far enters the history also when the caller stops early (closes the iterator, or Ctrl-C).
-
-        Raises:
-            ContextFull: the question does not fit; nothing was added to the conversation.
-        """
-        prompt = self._conversation.ask(question)
-        answer = self._conversation.answer_stream()
-        whole = self._generation.num_beams > 1
-        self.finish_reason = "cancelled"
-        try:
-            for token in self._write(prompt):
-                piece = answer.feed(token)
-                if piece and not whole:
-                    yield piece
-                if answer.stopped:
-                    break
-            reason: Literal["stop", "length"] = "stop" if answer.stopped else "length"
-            rest = answer.finish()
-            if whole:
-                rest = answer.text
-            if rest:
-                yield rest
-            self.finish_reason = reason
-        finally:
-            self.last_answer = self._conversation.add_answer(answer.text, answer.ids)
-
-    def _write(self, prompt: Sequence[int]) -> Iterator[int]:
-        """The ids of the answer to the last question."""
-        chat, config = self._conversation, self._generation
-        shown = np.concatenate(chat.pictures) if chat.pictures else None
-        limit = min(config.max_new_tokens, chat.room)
-        if config.num_beams > 1:
-            (ids,) = self._model._search([prompt], [shown], chat, config, limit)
-            yield from ids
-            return
-        limited = dataclasses.replace(config, max_new_tokens=limit)
-        yield from self._model._engine.stream(
-            _request(prompt, chat.pictures, chat, limited, seed=self.seed)
-        )
+def _pictures(shown: Shown) -> Sequence[Picture]:
+    if shown is None:
+        return ()
+    if isinstance(shown, str | Path | bytes | Image.Image | PreparedImage):
+        return (shown,)
+    return shown
 
 
-def _read(chat: Conversation[Any], ids: Sequence[int]) -> str:
-    stream = chat.answer_stream()
-    for token in ids:
-        stream.feed(token)
-        if stream.stopped:
-            break
-    stream.finish()
-    return stream.text
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
 
 
-def pick_seed(generation: GenerationConfig) -> int:
-    """The seed of one conversation: the one that was set, or a new one."""
-    return secrets.randbelow(MAX_SEED + 1) if generation.seed is None else generation.seed
-
-
-def _request(
-    prompt: Sequence[int],
-    image_embeds: Sequence[Any],
-    chat: Conversation[Any],
-    generation: GenerationConfig,
-    *,
-    seed: int,
-) -> Request:
-    """`chat` says what ends an answer and what counts as written."""
-    return Request(
-        prompt=prompt,
-        image_embeds=image_embeds,
-        max_new_tokens=generation.max_new_tokens,
-        stop_tokens=chat.stop_ids,
-        written=chat.written_ids,
-        sampling=Sampling(
-            repetition_penalty=generation.repetition_penalty,
-            temperature=generation.temperature,
-            top_k=generation.top_k,
-            top_p=generation.top_p,
-            seed=seed,
-        ),
-    )
+def _fingerprint(name: str, llama_proj: Params, *, settings: Sequence[object]) -> str:
+    """SHA-256 over what the frozen parts came from, the projection's own bytes, and how all of it is kept."""
+    digest = hashlib.sha256()
+    for key in sorted(llama_proj):
+        digest.update(f"{key}:".encode())
+        digest.update(np.asarray(llama_proj[key]).tobytes())
+    parts = [loading.frozen_parts(name), digest.hexdigest(), *settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a person types: `minigpt4 chat | train | convert`. Arguments, printing and process-wide settings.
+"""What a person types: `minigpt4 chat | caption | train | convert`. Arguments, printing and process-wide settings.
 
 Not for: logic worth testing without a terminal; that is in `api.py`, `loading.py` and `training/`.
 """
@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt4_jax.cli_caption import add_caption
+from minigpt4_jax.cli_options import add_model_options, load_model, set_up_jax, typed_generation
 from minigpt4_jax.config import TrainConfig, UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Chat
-    from minigpt4_jax.presets import GenerationConfig
     from minigpt4_jax.training.state import Projection
 
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_chat(commands)
+    add_caption(commands)
     _add_train(commands)
     convert = commands.add_parser(
         "convert", help="convert weights (the same as python -m convert)", add_help=False
@@ -65,69 +67,8 @@ def _add_chat(commands: Any) -> None:
         metavar="PATH",
         help="a further picture, shown with the first question; may be given again",
     )
-    chat.add_argument(
-        "--model",
-        default="smol",
-        metavar="NAME",
-        help="smol, or a folder that `minigpt4 convert` wrote (default: %(default)s)",
-    )
-    chat.add_argument("--projection", help="a projection file instead of the shipped one")
-    chat.add_argument(
-        "--context", type=int, default=1024, metavar="N", help="longest conversation, in tokens"
-    )
-    answers = chat.add_argument_group(
-        "how answers are written",
-        "Without these, as the preset does: smol takes the likeliest word.",
-    )
-    for name, (kind, metavar, explanation) in GENERATION_OPTIONS.items():
-        answers.add_argument(_flag(name), dest=name, type=kind, metavar=metavar, help=explanation)
+    add_model_options(chat)
     chat.set_defaults(run=_chat)
-
-
-GENERATION_OPTIONS: dict[str, tuple[type, str, str]] = {
-    "max_new_tokens": (int, "N", "longest answer, in tokens"),
-    "temperature": (float, "T", "0 takes the likeliest word, 1 draws as the model says"),
-    "top_k": (int, "K", "draw only from the K likeliest words; 0 is off"),
-    "top_p": (float, "P", "draw only from the likeliest words that reach P together; 1 is off"),
-    "repetition_penalty": (
-        float,
-        "R",
-        "above 1, words already written become less likely; 1 is off",
-    ),
-    "num_beams": (
-        int,
-        "N",
-        "search with N beams and give the most probable answer found; 1 is off",
-    ),
-    "length_penalty": (float, "X", "with beams: above 0 long answers gain, below 0 short ones"),
-    "seed": (int, "S", "draw the same answers again"),
-}
-"""The fields of `GenerationConfig`, as options."""
-
-
-def _flag(name: str) -> str:
-    return "--beams" if name == "num_beams" else f"--{name.replace('_', '-')}"
-
-
-def _generation(args: argparse.Namespace) -> GenerationConfig:
-    """The preset's settings with those that were typed. Raises `UserError` for one that would change nothing."""
-    from minigpt4_jax.model_folder import find_preset
-
-    typed = {
-        name: value for name in GENERATION_OPTIONS if (value := getattr(args, name)) is not None
-    }
-    generation = dataclasses.replace(find_preset(args.model).generation, **typed)
-    if "length_penalty" in typed and generation.num_beams == 1:
-        raise UserError(
-            "--length-penalty would change nothing: only beams compare answers by it. Expected --beams above 1 with it."
-        )
-    idle = [_flag(name) for name in ("top_k", "top_p", "seed") if name in typed]
-    if idle and generation.temperature == 0:
-        raise UserError(
-            f"{' and '.join(idle)} would change nothing: the temperature is 0, which always takes the likeliest word. "
-            "Expected --temperature above 0 with it, for example 1."
-        )
-    return generation
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -137,15 +78,8 @@ def _chat(args: argparse.Namespace) -> int:
     pictures = [load_image(path) for path in (args.picture, *args.image)]
     if not all(question.strip() for question in args.questions):
         raise UserError("A question is empty; expected some text, or no question to open a chat.")
-    generation = _generation(args)
-    _set_up_jax()
-    from convert.__main__ import tensor_bar
-    from minigpt4_jax.api import MiniGPT4
-
-    with tensor_bar() as progress:
-        model = MiniGPT4.load(
-            args.model, projection=args.projection, context=args.context, progress=progress
-        )
+    generation = typed_generation(args)
+    model = load_model(args, num_slots=1)
 
     def start() -> Chat:
         chat = model.start_chat(generation)
@@ -254,7 +188,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_yaml(config), end="")
         return 0
-    _set_up_jax()
+    set_up_jax()
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
     from minigpt4_jax.loading import load_frozen
@@ -297,27 +231,13 @@ def _save_projection(config: TrainConfig, path: Path, projection: Projection) ->
     write_projection(path, projection, info=info)
 
 
-# --- convert and what all commands share ---------------------------------------------------------------------------
+# --- convert ---------------------------------------------------------------------------
 
 
 def _convert(args: argparse.Namespace) -> int:
     from convert.__main__ import main as convert_main
 
     return convert_main(args.arguments)
-
-
-def _set_up_jax() -> None:
-    """Process-wide settings: where compiled programs are kept between calls, and quiet libraries."""
-    import logging
-
-    import jax
-
-    from convert.fetch import cache_folder
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    # Orbax logs a traceback for what it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

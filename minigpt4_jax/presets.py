@@ -26,21 +26,30 @@ MAX_SEED = 2**32 - 1
 class GenerationConfig:
     """How answers are written; as it stands greedy and short, which is what `smol` does.
 
-    Raises `UserError` for a number outside its range and for beams with a temperature: beams never draw (the original's
-    demo does both at once, transformers' beam sampling). Changing a number never compiles anything, but for the number
-    of beams; going from greedy to drawn answers does, once.
+    Raises `UserError` for a number outside its range, for beams with a temperature (they never draw; the original's
+    demo does both at once, transformers' beam sampling) and for beams with settings that their search does not know.
+    Changing a number never compiles anything, but for the number of beams; going from greedy to drawn answers does,
+    once.
     """
 
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
+    min_new_tokens: int = 0
+    """Shortest answer, in tokens: no stop token is chosen before."""
     temperature: float = 0.0
     """0 always takes the likeliest token (greedy); 1 draws as the model says; above 1 the unlikely gains."""
     top_k: int = 0
     """Draws only from so many of the likeliest tokens; 0 is off."""
     top_p: float = 1.0
     """Draws only from the likeliest tokens that together reach this probability; 1 is off."""
+    min_p: float = 0.0
+    """Draws only from tokens that have at least this share of the likeliest one's probability; 0 is off."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that the answer already has become less likely; 1 is off."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of each token that the answer already has; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token as often as the answer already has it; 0 is off."""
     num_beams: int = 1
     """Above 1 searches for the most probable answers with so many beams, and gives the best; it then comes whole."""
     length_penalty: float = 1.0
@@ -52,16 +61,32 @@ class GenerationConfig:
         checks: tuple[tuple[str, bool, str], ...] = (
             ("max_new_tokens", _is_whole(self.max_new_tokens, 1), "at least 1"),
             (
+                "min_new_tokens",
+                _is_whole(self.min_new_tokens, 0, self.max_new_tokens),
+                f"a whole number from 0 to {self.max_new_tokens}, which is max_new_tokens",
+            ),
+            (
                 "temperature",
                 self.temperature == 0 or 0.01 <= self.temperature <= 100,
                 "0 (always the likeliest token) or a number from 0.01 to 100",
             ),
             ("top_k", _is_whole(self.top_k, 0), "a whole number above 0, or 0 (off)"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1 (1 is off)"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
             (
                 "repetition_penalty",
                 self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
                 "a number above 0 (1.0 is off)",
+            ),
+            (
+                "presence_penalty",
+                abs(self.presence_penalty) <= 2,
+                "a number from -2 to 2 (0 is off)",
+            ),
+            (
+                "frequency_penalty",
+                abs(self.frequency_penalty) <= 2,
+                "a number from -2 to 2 (0 is off)",
             ),
             ("num_beams", _is_whole(self.num_beams, 1), "at least 1 (1 is off)"),
             ("length_penalty", math.isfinite(self.length_penalty), "a number"),
@@ -79,6 +104,16 @@ class GenerationConfig:
                 f"num_beams is {self.num_beams} and temperature is {self.temperature}; expected temperature 0 with "
                 "beams (they search, and draw nothing), or num_beams 1 for drawn answers."
             )
+        unknown = [name for name in UNKNOWN_TO_BEAMS if getattr(self, name)]
+        if self.num_beams > 1 and unknown:
+            raise UserError(
+                f"num_beams is {self.num_beams} and {unknown[0]} is {getattr(self, unknown[0])}; expected it off (0) "
+                "with beams: their search, which is the original's, does not know it."
+            )
+
+
+UNKNOWN_TO_BEAMS = ("min_new_tokens", "min_p", "presence_penalty", "frequency_penalty")
+"""Settings that beams would leave unused; each is off at 0."""
 
 
 def _is_whole(value: object, least: int, most: int = 2**31 - 1) -> bool:

@@ -32,6 +32,16 @@ from minigpt4_jax.presets import (
         ({"top_p": 0.0}, "top_p is 0.0; expected a number above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"top_p": math.nan}, "top_p is nan"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1; expected a whole number from 0 to 128"),
+        ({"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens is 6; expected .* to 5, which is max_new"),
+        ({"min_p": -0.1}, r"min_p is -0.1; expected a number from 0 \(off\) to 1"),
+        ({"min_p": math.nan}, "min_p is nan"),
+        ({"presence_penalty": 2.1}, r"presence_penalty is 2.1; expected a number from -2 to 2 \(0 is off\)"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty is nan; expected a number from -2 to 2"),
+        ({"num_beams": 2, "min_p": 0.1}, "num_beams is 2 and min_p is 0.1; expected it off"),
+        ({"num_beams": 2, "min_new_tokens": 1}, "num_beams is 2 and min_new_tokens is 1"),
+        ({"num_beams": 2, "presence_penalty": 1.0}, "num_beams is 2 and presence_penalty is 1.0"),
+        ({"num_beams": 2, "frequency_penalty": -1.0}, "num_beams is 2 and frequency_penalty is -1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a number above 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
         ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
@@ -54,12 +64,17 @@ def test_the_ends_of_every_range_are_settings() -> None:
         {"repetition_penalty": 0.5},
         {"num_beams": 10, "length_penalty": -1.0},
         {"num_beams": 1, "temperature": 1.0},
+        {"max_new_tokens": 7, "min_new_tokens": 7, "min_p": 1.0},
+        {"presence_penalty": -2.0, "frequency_penalty": 2.0},
     )
     for settings in ends:
         GenerationConfig(**settings)
 
 
 def test_smol_is_greedy_and_the_published_models_answer_as_in_the_original() -> None:
+    off: dict[str, Any] = {
+        "min_new_tokens": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0
+    }  # fmt: skip
     assert get_preset("smol").generation == GenerationConfig(
         max_new_tokens=128,
         temperature=0.0,
@@ -69,9 +84,11 @@ def test_smol_is_greedy_and_the_published_models_answer_as_in_the_original() -> 
         seed=None,
         num_beams=1,
         length_penalty=1.0,
+        **off,
     )
     original = {"max_new_tokens": 300, "temperature": 1.0, "top_k": 50, "top_p": 0.9}
     original |= {"repetition_penalty": 1.05, "seed": None, "num_beams": 1, "length_penalty": 1.0}
+    original |= off
     assert dataclasses.asdict(ORIGINAL_GENERATION) == original
     assert all(get_preset(name).generation == ORIGINAL_GENERATION for name in PUBLISHED)
 

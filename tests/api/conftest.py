@@ -17,7 +17,8 @@ from convert.projection import ProjectionInfo, write_projection
 from minigpt4_jax import MiniGPT4, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
-from tests.api.tiny import CONTEXT, Recorder, make_frozen
+from tests.api.tiny import CONTEXT, Recorder
+from tests.tiny_model import make_frozen, make_loader
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +41,8 @@ def projection_file(
 def model(tiny_params: Any, tokenizer: Tokenizer, projection_file: Path) -> MiniGPT4:
     with pytest.MonkeyPatch.context() as patch:
         frozen = make_frozen(tiny_params, tokenizer)
-        patch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
-        return MiniGPT4.load("tiny", projection=projection_file, context=CONTEXT, dtype="float32")
+        patch.setattr(loading, "load_decode_params", make_loader(frozen, tokenizer))
+        return MiniGPT4.load("tiny", projection=projection_file, context=CONTEXT)
 
 
 @pytest.fixture(scope="session")

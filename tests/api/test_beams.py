@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from minigpt4_jax import MiniGPT4
+from minigpt4_jax import MiniGPT4, UserError
 from minigpt4_jax.data.tokenizer import Tokenizer
-from minigpt4_jax.generation.engine import Hypothesis
+from minigpt4_jax.generation.beam_search import Hypothesis
+from minigpt4_jax.generation.requests import Request
 from tests.api.tiny import SHORT, Recorder, start
 
 BEAMS = dataclasses.replace(SHORT, num_beams=3)
@@ -51,16 +53,15 @@ def test_one_beam_is_greedy(model: MiniGPT4, pictures: Any) -> None:
 def test_the_best_answer_of_a_search_is_given_and_settings_reach_it(
     batch: bool, model: MiniGPT4, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    asked: list[dict[str, Any]] = []
+    asked: list[Any] = []
     end = tokenizer.special("<|im_end|>")
 
-    def note(prompts: Any, embeds: Any, **settings: Any) -> Any:
-        asked.append(settings)
-        return [[([*tokenizer.encode(" A cat."), end], -0.1), (tokenizer.encode("A dog"), -0.2)]]
+    def note(requests: Sequence[Request], **settings: Any) -> Any:
+        asked.append((requests[0], settings))
+        found = [([*tokenizer.encode(" A cat."), end], -0.1), (tokenizer.encode("A dog"), -0.2)]
+        return [[Hypothesis(*one) for one in found] for _ in requests]
 
-    monkeypatch.setattr(
-        model._engine, "beam_search", lambda *a, **k: [[Hypothesis(*h) for h in r] for r in note(*a, **k)]
-    )  # fmt: skip
+    monkeypatch.setattr(model._engine, "beam_search", note)
     settings = dataclasses.replace(BEAMS, length_penalty=0.5)
     chat = model.start_chat(settings)
     if batch:
@@ -68,10 +69,22 @@ def test_the_best_answer_of_a_search_is_given_and_settings_reach_it(
     else:
         assert list(chat.stream("What?")) == ["A cat."]
         assert chat.finish_reason == "stop"
-    stops = (end, tokenizer.special("<|endoftext|>"))
-    expected = {"num_beams": 3, "length_penalty": 0.5, "repetition_penalty": 3.0}
-    expected |= {"max_new_tokens": 12, "stop_tokens": stops, "written": ()}
-    assert asked == [expected]
+    ((request, named),) = asked
+    assert named == {"num_beams": 3, "length_penalty": 0.5}
+    assert request.sampling.repetition_penalty == 3.0
+    assert request.max_new_tokens == 12
+    assert request.stop_tokens == (end, tokenizer.special("<|endoftext|>"))
+    assert request.written == ()
+
+
+def test_several_of_the_answers_that_beams_found_are_given_best_first(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    (found,) = model.generate(pictures[:1], ["What?"], generation=BEAMS, n=2)
+    assert found[0].text == model.generate(pictures[:1], ["What?"], generation=BEAMS)[0]
+    assert found[1].text != found[0].text
+    with pytest.raises(UserError, match="n is 4 and num_beams is 3; expected at most as many"):
+        model.generate(pictures[:1], ["What?"], generation=BEAMS, n=4)
 
 
 def test_a_vicuna_answer_ends_at_its_stop_string_though_no_stop_token_comes(
@@ -85,12 +98,11 @@ def test_a_vicuna_answer_ends_at_its_stop_string_though_no_stop_token_comes(
     assert tokenizer.special("</s>") not in ids
     chat = start(model)
     rest = iter(ids)
-    engine.script = [rest]  # type: ignore[list-item]  # counted: what is left of it was never generated
+    engine.script = [rest]
     assert chat.ask("What?") == "A cat."
     assert chat.finish_reason == "stop"
     assert tokenizer.decode(list(rest)) == "Human: And a ###dog? Assistant: Yes."
-    # Many at once, and beams, go on to their last token; what follows the stop is cut off.
-    monkeypatch.setattr(model._engine, "generate", lambda *a, **k: [ids])
-    monkeypatch.setattr(model._engine, "beam_search", lambda *a, **k: [[Hypothesis(ids, -1.0)]])
-    assert model.generate(pictures[:1], ["What?"], generation=SHORT) == ["A cat."]
+    # Beams go on to their last token; what follows the stop is cut off.
+    found = [[Hypothesis(ids, -1.0)]]
+    monkeypatch.setattr(model._engine, "beam_search", lambda *a, **k: found)
     assert model.generate(pictures[:1], ["What?"], generation=BEAMS) == ["A cat."]

@@ -35,7 +35,8 @@ def test_the_second_question_is_asked_with_the_whole_first_turn(
     ]  # fmt: skip
     slots = model.preset.model.num_image_tokens
     assert [prompt.count(IMAGE_TOKEN_ID) for prompt in engine.prompts] == [slots, slots]
-    for embeds in engine.embeds:
+    for request in engine.requests:
+        (embeds,) = request.image_embeds
         np.testing.assert_array_equal(embeds, model.embed_images([pictures[0]])[0])
 
 
@@ -65,7 +66,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_shown(
     chat = start(model)
     assert chat.ask("What?") == "A cat."
     assert chat.finish_reason == "stop"
-    assert engine.settings[0]["stop_tokens"] == (end, tokenizer.special("<|endoftext|>"))
+    assert engine.requests[0].stop_tokens == (end, tokenizer.special("<|endoftext|>"))
     assert chat.ask("Sure?") == "Yes"
     assert chat.finish_reason == "length"
     # The answer stays as it was generated, its leading space included, and its turn is closed once.
@@ -94,10 +95,10 @@ def test_several_pictures_are_seen_in_their_order(
     chat.ask("And this?")
     slots = model.preset.model.num_image_tokens
     assert [prompt.count(IMAGE_TOKEN_ID) for prompt in engine.prompts] == [2 * slots, 3 * slots]
-    embeds = model.embed_images(pictures)
-    np.testing.assert_allclose(
-        engine.embeds[1], embeds.reshape(-1, embeds.shape[-1]), rtol=0, atol=1e-5
-    )
+    for found, expected in zip(
+        engine.requests[1].image_embeds, model.embed_images(pictures), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_markers_typed_by_a_user_stay_text(
@@ -161,7 +162,7 @@ def test_a_full_context_is_said_and_changes_nothing(
 def test_an_answer_ends_where_the_context_ends(model: MiniGPT4, engine: Recorder) -> None:
     chat = model.start_chat(GenerationConfig(max_new_tokens=1000))
     chat.ask("What?")
-    assert len(engine.prompts[0]) + engine.settings[0]["max_new_tokens"] == CONTEXT
+    assert len(engine.prompts[0]) + engine.requests[0].max_new_tokens == CONTEXT
     assert chat.finish_reason == "length"
     with pytest.raises(ContextFull):
         chat.ask("More?")

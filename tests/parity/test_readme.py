@@ -33,6 +33,20 @@ def test_the_python_example_names_the_cup_of_coffee(monkeypatch):
     assert names["model"].image_cache.misses == 2  # each picture was encoded once
 
 
+@pytest.mark.usefixtures("kept_programs")
+def test_the_example_of_the_engines_page_answers():
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "engine.md").read_text(), re.DOTALL
+    )
+    printed, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "docs/engine.md", "exec"), names)
+    greedy, drawn = printed.getvalue().splitlines()
+    assert "Paris" in greedy
+    assert drawn != greedy
+    assert names["engine"].counters.prefills == 1  # both prompts were read together
+
+
 def run(*arguments, cwd=ROOT):
     command = [sys.executable, "-m", "minigpt4_jax.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

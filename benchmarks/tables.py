@@ -82,7 +82,7 @@ def gpu_settings(result: dict[str, Any]) -> str:
 def quantised(result: dict[str, Any]) -> str:
     """What each form of weights and cache costs in quality."""
     lines = [
-        "| form | weights, MB | perplexity | top 1 as float32 | tokens until the first difference | largest logit error |",
+        "| form | weights, MB | perplexity | top 1 as float32 | until the first difference | largest logit error |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -1,5 +1,5 @@
-"""The engine's decode step exports for CPU, CUDA and TPU from a host that has none but the CPU: of the tiny model and of
-the published 7B at full size, whose weights nobody needs for that.
+"""The engine's decode step exports for CPU, CUDA and TPU from a host that has none but the CPU: of the tiny model and
+of the published 7B at full size, whose weights nobody needs for that.
 """
 
 from __future__ import annotations

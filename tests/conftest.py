@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +27,19 @@ from minigpt4_jax.presets import PRESETS
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# What one test compiled, the next one finds, in the other xdist processes too: most of them run the same tiny model.
+PROGRAMS = "MINIGPT4_TEST_PROGRAMS"
+_MADE_HERE = PROGRAMS not in os.environ
+if _MADE_HERE:
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="minigpt4-programs-")
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure() -> None:
+    if _MADE_HERE:
+        shutil.rmtree(os.environ[PROGRAMS], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.generation.runner import ANY_REQUEST, ENCODED_TOGETHER, READ_TOGETHER, Runner
+from minigpt4_jax.generation.runner import ANY_REQUEST, READ_TOGETHER, Runner
 from minigpt4_jax.generation.state import SlotState
 
 USUAL_PROMPT = 128
@@ -53,7 +53,7 @@ def other_jobs(runner: Runner, state: SlotState) -> list[Job]:
             if size < places
         ],
         decodes=list(itertools.product(runner.row_sizes.steps, runner.place_sizes.steps, (0, 1))),
-        encodes=list(ENCODED_TOGETHER),
+        encodes=runner.encoded_together,
     )
 
 

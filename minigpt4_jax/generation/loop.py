@@ -149,13 +149,16 @@ class Loop:
     # --- letting requests in ---
 
     def _admit(self) -> None:
-        """Fills free slots from the queue. At most one batch of prompts is read per step, so that answers under way
-        are held up by no more than that."""
+        """Fills free slots from the queue.
+
+        Until half of the slots are taken prompts go first, since a step over few rows costs nearly as much as one over
+        many; then at most one batch of prompts is read per step, so that answers under way are held up by no more.
+        """
         read = False
         while self._waiting and None in self._slots:
             generation = self._waiting[0]
             if generation.shared.prefix is None:
-                if read:
+                if read and 2 * self.free_slots <= self.num_slots:
                     return
                 read = True
                 if self._extend(generation):
@@ -171,9 +174,8 @@ class Loop:
             if generation.shared in [other.shared for other in group]:
                 continue
             known = generation.shared.prefix is not None
-            if known or sizes.fit(generation.length) != sizes.fit(group[0].length):
-                break
-            group.append(generation)
+            if not known and sizes.fit(generation.length) == sizes.fit(group[0].length):
+                group.append(generation)
         key = self._runner.prompt_key(len(group), group[0].length)
         del group[key[0] :]
         prefix = self._runner.read([generation.request for generation in group], key)

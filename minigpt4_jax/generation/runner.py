@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.generation.decode import decode_step, extend, insert, move_row, prefill
 from minigpt4_jax.generation.programs import (
+    Ladder,
     NotCompiled,
     Program,
     Programs,
@@ -44,8 +45,9 @@ from minigpt4_jax.sharding import cache_sharding, replicated
 READ_TOGETHER = (1, 2, 4)
 """How many prompts of one size are read at once."""
 
-ENCODED_TOGETHER = (1, 4, 16)
-"""How many pictures are encoded at once."""
+ENCODED_TOGETHER = {"cpu": (1, 4)}
+"""How many pictures are encoded at once, by platform: 16 take half as long again for each of them on a CPU as 4 do."""
+ENCODED_TOGETHER_ELSEWHERE = (1, 4, 16)
 
 ANY_REQUEST = Request(prompt=(0,), max_new_tokens=1)
 """Stands for any request where only shapes matter."""
@@ -77,10 +79,11 @@ class Runner:
         self.programs = Programs()
         self.params = params
         self.model = make_model(config, layout=layout, dtype=dtype)
-        # A caption's prompt has about 30 tokens: on a CPU, padding it to 64 would cost as much again.
-        self.prompt_sizes = make_ladder(32, context, halfway=True)
+        # Questions about a picture have 30 to 60 tokens, and on a CPU every token of padding costs like another one.
+        short = [size for size in (32, 40, 48, 56) if size < context]
+        self.prompt_sizes = Ladder((*short, *make_ladder(64, context, halfway=True).steps))
         self.extend_sizes = make_ladder(16, context)  # a question is shorter than a prompt
-        self.place_sizes = make_ladder(256, context)
+        self.place_sizes = make_ladder(128, context)
         self.row_sizes = make_ladder(1, num_slots)
         self._context = context
         self._num_slots = num_slots
@@ -90,8 +93,9 @@ class Runner:
         self._mesh = mesh
         self._everywhere: jax.sharding.Sharding
         self._cache_sharding: jax.sharding.Sharding
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self.encoded_together = ENCODED_TOGETHER.get(device.platform, ENCODED_TOGETHER_ELSEWHERE)
         if mesh is None:
-            device = next(iter(jax.tree.leaves(params)[0].devices()))
             self._everywhere = self._cache_sharding = SingleDeviceSharding(device)
         else:
             heads = config.llama.num_kv_heads
@@ -273,7 +277,7 @@ class Runner:
         found: list[Array] = []
         while len(found) < len(images):
             left = len(images) - len(found)
-            wanted = max(count for count in ENCODED_TOGETHER if count <= left)
+            wanted = max(count for count in self.encoded_together if count <= left)
             (batch,) = self.programs.choose("encode", (wanted,))
             taken = images[len(found) : len(found) + batch]
             part = np.zeros((batch, *images.shape[1:]), np.float32)

@@ -141,19 +141,19 @@ def test_nothing_compiles_after_the_first_answer_of_a_bucket(
         filled = [first, *range(60, 60 + length - 1 - len(picture)), *picture]
         answer(fresh, (filled, embeds if shown else None), **changes)
 
-    # Another length, another answer length, a picture or none: the same size of 64, the same places (the context).
+    # Another length, another answer length, a picture or none: the same size of 56, the same places (the context).
     ask(1, 52)
     assert compiles, "the listener hears nothing; the test shows nothing"
     compiles.clear()
     ask(2, 52, steps=3)
-    ask(3, 50, steps=7, shown=False)
-    ask(4, 64, stop_tokens={1})
+    ask(3, 49, steps=7, shown=False)
+    ask(4, 56, stop_tokens={1})
     assert compiles == []
     ask(5, 70, steps=3)
     assert compiles, "a new size is a new program"
     compiles.clear()
     ask(6, 90, steps=2)
-    ask(7, 60, shown=False)
+    ask(7, 55, shown=False)
     assert compiles == []
 
 
@@ -164,14 +164,14 @@ def test_nothing_compiles_for_further_pictures(
     slots = tiny_config.num_image_tokens
     pixels = np.zeros((1, *[tiny_config.vit.image_size] * 2, 3), np.float32)
     shown = [fresh.encode_images(pixels)[0]]
-    answer(fresh, ([*range(100, 150)], None))  # not one picture yet
+    answer(fresh, ([*range(100, 161)], None))  # not one picture yet
     assert compiles
     compiles.clear()
     most = 64 // slots
     for pictures in (1, 2, 3, most):
         shown += [fresh.encode_images(pixels)[0]] * (pictures - len(shown))
         images = [IMAGE_TOKEN_ID] * (slots * pictures)
-        ids = [pictures, *[*range(50), *images, 5][-60:]]  # always of the size 64, never continued
+        ids = [pictures, *[*range(60), *images, 5][-60:]]  # always of the size 64, never continued
         if ids.count(IMAGE_TOKEN_ID) == slots * pictures:
             # They stay on the device; then as NumPy, which need not be whole pictures.
             fresh.generate([Request(prompt=ids, image_embeds=shown[:pictures], max_new_tokens=3)])
@@ -244,8 +244,9 @@ def roomy(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
     [
         (1, 32),
         (32, 32),
-        (33, 48),
-        (49, 64),
+        (33, 40),
+        (49, 56),
+        (57, 64),
         (65, 96),
         (97, 128),
         (129, 192),
@@ -260,7 +261,7 @@ def test_prompts_are_padded_to_powers_of_two_and_halfway_up_to_the_context(
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(1, 256), (256, 256), (257, 512), (1024, 1024), (1025, 1100)]
+    ("length", "expected"), [(1, 128), (129, 256), (257, 512), (1024, 1024), (1025, 1100)]
 )
 def test_an_answer_reads_a_power_of_two_of_slots_up_to_the_context(
     length: int, expected: int, roomy: Engine

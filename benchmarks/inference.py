@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --out benchmarks/results/inference_cpu.json      # pip install -e ".[parity]"
     python benchmarks/inference.py --device gpu --out benchmarks/results/inference_gpu.json
-    python benchmarks/tables.py                                                     # the tables of the pages
+    python benchmarks/page_tables.py                                                     # the tables of the pages
 
 On a CPU: the smol model beside `transformers` in float32, in turns in one process, as ratios (`inference_cpu.py`). On a
 GPU: 7B and 13B shapes with random weights as shares of what the card can do, and `transformers` where it is installed

@@ -11,7 +11,7 @@ import pytest
 
 from tests.benchmark_scripts import load_script
 
-tables = load_script("tables")
+tables = load_script("page_tables")
 ROOT = Path(__file__).parents[1]
 RATIOS = sorted({file for file, make in tables.TABLES.values() if make is tables.ratios})
 
@@ -19,7 +19,7 @@ RATIOS = sorted({file for file, make in tables.TABLES.values() if make is tables
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_every_table_shows_what_the_files_hold(page: Path) -> None:
     text = page.read_text()
-    assert text == tables.filled(text), "run python benchmarks/tables.py"
+    assert text == tables.filled(text), "run python benchmarks/page_tables.py"
 
 
 def test_every_table_is_shown_somewhere() -> None:

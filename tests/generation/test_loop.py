@@ -371,7 +371,7 @@ def test_nothing_compiles_once_the_engine_is_ready(
 def test_the_rest_compiles_beside_requests_and_is_then_used(
     tiny_params: Any, tiny_config: ModelConfig
 ) -> None:
-    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=2)
+    fresh = make_engine(tiny_params, tiny_config, context=70, num_slots=1)
     fresh.compile_core()
     core = fresh.compiled_programs
     prompt = (text(50, 7), None)

@@ -1,6 +1,6 @@
 """The tables of README.md, docs/performance.md and docs/engine.md, from the JSON files of benchmarks/results.
 
-    python benchmarks/tables.py
+    python benchmarks/page_tables.py
 
 Whatever stands between `<!-- table: NAME -->` and `<!-- end -->` in a page is written anew. Tests compare: a page never
 shows a number that is not in the file, and no file holds rows that no page shows. Not for: measuring.
@@ -124,7 +124,7 @@ def table(name: str) -> str:
     path = RESULTS / f"{file}.json"
     if not path.exists():
         said = UNMEASURED.get(name, "Not measured yet.")
-        return f"{said} `{COMMANDS[file]}` and `python benchmarks/tables.py` fill this in."
+        return f"{said} `{COMMANDS[file]}` and `python benchmarks/page_tables.py` fill this in."
     return make(json.loads(path.read_text()))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from minigpt4_jax.config import IMAGE_TOKEN_ID
 from minigpt4_jax.generation.requests import (
     FinishReason,
     Generation,
@@ -92,10 +93,11 @@ class Loop:
 
     def _check(self, request: Request) -> None:
         """What would fail later, in the middle of others' answers, fails here."""
-        ids = (*request.prompt, *request.stop_tokens, *request.written)
-        ids += tuple(token for token, _ in request.sampling.logit_bias)
+        ids = {token for token in request.prompt if token != IMAGE_TOKEN_ID}
+        ids |= {*request.stop_tokens, *request.written}
+        ids |= {token for token, _ in request.sampling.logit_bias}
         vocab = self._runner.config.llama.vocab_size
-        strange = sorted({token for token in ids if not -1 <= token < vocab})
+        strange = sorted(token for token in ids if not 0 <= token < vocab)
         if strange:
             raise ValueError(
                 f"The request holds the ids {strange[:5]}; expected 0 to {vocab - 1}, those of the vocabulary."

@@ -355,12 +355,16 @@ def test_prompt_and_answer_must_fit_the_context(length: int, steps: int, engine:
         {"stop_tokens": {384}},
         {"written": [384]},
         {"sampling": Sampling(logit_bias=((384, 1.0),))},
+        # The placeholder of a picture is an id of prompts alone; elsewhere it would mean the last token.
+        {"stop_tokens": {IMAGE_TOKEN_ID}},
+        {"written": [IMAGE_TOKEN_ID]},
+        {"sampling": Sampling(logit_bias=((IMAGE_TOKEN_ID, 1.0),))},
     ],
 )
 def test_ids_beyond_the_vocabulary_are_refused_before_anything_runs(
     changes: Any, engine: Engine
 ) -> None:
-    with pytest.raises(ValueError, match=r"holds the ids \[384\]; expected 0 to 383"):
+    with pytest.raises(ValueError, match=r"holds the ids \[(384|-1)\]; expected 0 to 383"):
         engine.submit(Request(**{"prompt": (1,), "max_new_tokens": 1, **changes}))
     assert not engine.busy
 

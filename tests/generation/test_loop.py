@@ -14,8 +14,15 @@ from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.requests import Generation, Request
 from minigpt4_jax.generation.residents import Resident
-from minigpt4_jax.generation.sampling import TOP_LOGPROBS, Sampling
-from tests.engines import answer, answer_all, counted_compiles, make_engine, make_request
+from minigpt4_jax.generation.sampling import TOP_LOGPROBS
+from tests.engines import (
+    answer,
+    answer_all,
+    counted_compiles,
+    drawn,
+    make_engine,
+    make_request,
+)
 
 CONTEXT = 100
 SLOTS = 4
@@ -24,11 +31,6 @@ SLOTS = 4
 @pytest.fixture(scope="module")
 def engine(tiny_params: Any, tiny_config: ModelConfig) -> Engine:
     return make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=SLOTS)
-
-
-def drawn(seed: int, **changes: Any) -> Sampling:
-    """Left to itself the tiny model repeats one token: nearly every test here draws."""
-    return Sampling(**{"temperature": 1.5, **changes}, seed=seed)
 
 
 def run(engine: Engine, generations: list[Generation]) -> list[list[int]]:

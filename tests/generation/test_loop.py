@@ -259,6 +259,26 @@ def test_another_picture_in_the_same_place_is_read_anew(
     assert found.ids == expected
 
 
+def test_a_slot_that_was_moved_away_from_is_not_taken_for_what_it_held_before(
+    engine: Engine,
+) -> None:
+    long = make_request((text(50, 31), None), steps=4, sampling=drawn(2))
+    alone = list(engine.stream(long))
+    # It ends in slot 1; then others take slots 0 and 1, and the second of them moves down.
+    engine._residents = [Resident() for _ in range(SLOTS)]
+    first = engine.submit(make_request((text(6, 1), None), steps=9))
+    run(engine, [*first, *engine.submit(long)])
+    brief = engine.submit(make_request((text(6, 2), None), steps=2))
+    other = engine.submit(make_request((text(40, 3), None), steps=30, sampling=drawn(7)))
+    before = engine.counters.moves
+    while engine.counters.moves == before:
+        engine.step()
+    again = engine.submit(long)
+    assert run(engine, again) == [alone]
+    assert again[0].reused == 0
+    run(engine, [*brief, *other])
+
+
 def test_the_last_token_of_a_prompt_is_always_read(engine: Engine) -> None:
     prompt = (text(50, 7), None)
     first = answer(engine, prompt, sampling=drawn(1))

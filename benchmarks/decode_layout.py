@@ -42,12 +42,12 @@ STEPS = 32
 
 
 Caches = tuple[jax.Array, jax.Array]
-"""Keys and values of all layers, `[L, B, K, S, H]`: the carry of the scan."""
+"""Keys `[L, B, K, H, S]` and values `[L, B, K, S, H]` of all layers: the carry of the scan."""
 
 
 @flax.struct.dataclass
 class StackedCache(LayerCache):
-    """One layer of caches `[L, B, K, S, H]`: what a block of the scan takes for its cache."""
+    """One layer of the caches of all: what a block of the scan takes for its cache."""
 
     layer: jax.Array | None = None
 
@@ -58,18 +58,17 @@ class StackedCache(LayerCache):
         del length  # for TPUs
         rows, places = jnp.arange(k.shape[0]), positions[:, 0]
         return self.replace(
-            k=self.k.at[self.layer, rows, :, places].set(k[:, 0].astype(self.k.dtype)),
+            k=self.k.at[self.layer, rows, :, :, places].set(k[:, 0].astype(self.k.dtype)),
             v=self.v.at[self.layer, rows, :, places].set(v[:, 0].astype(self.v.dtype)),
         )
 
     def read(self, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
         """As `LayerCache.read`, of the layer."""
-        sizes = (1, rows, self.k.shape[2], length, self.k.shape[4])
+        _, _, heads, head_dim, _ = self.k.shape
         start = (self.layer, 0, 0, 0, 0)
-        k, v = (
-            jax.lax.dynamic_slice(all_layers, start, sizes)[0] for all_layers in (self.k, self.v)
-        )
-        return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        k = jax.lax.dynamic_slice(self.k, start, (1, rows, heads, head_dim, length))[0]
+        v = jax.lax.dynamic_slice(self.v, start, (1, rows, heads, length, head_dim))[0]
+        return k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
 
 
 @flax.struct.dataclass
@@ -81,10 +80,14 @@ class SliceCache(StackedCache):
     ) -> SliceCache:
         """Writes all rows as one slice, at the place of the first."""
         del length  # for TPUs
-        start = (self.layer, 0, 0, positions[0, 0], 0)
-        k, v = (new[None].transpose(0, 1, 3, 2, 4).astype(self.k.dtype) for new in (k, v))
+        place = positions[0, 0]
+        k = k[None].transpose(0, 1, 3, 4, 2).astype(self.k.dtype)
+        v = v[None].transpose(0, 1, 3, 2, 4).astype(self.v.dtype)
         write = jax.lax.dynamic_update_slice
-        return self.replace(k=write(self.k, k, start), v=write(self.v, v, start))
+        return self.replace(
+            k=write(self.k, k, (self.layer, 0, 0, 0, place)),
+            v=write(self.v, v, (self.layer, 0, 0, place, 0)),
+        )
 
 
 def unrolled_step(
@@ -181,12 +184,11 @@ def make_sides(
     new_cache = functools.partial(
         init_cache, llama, batch, capacity=places + 1, dtype=jnp.dtype(dtype)
     )
-    one = new_cache()[0].k
     stacked = stacked_params(params)
 
     def joint_cache() -> Caches:
-        shape = (llama.num_layers, *one.shape)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        one = new_cache()[0]
+        return tuple(jnp.zeros((llama.num_layers, *leaf.shape), dtype) for leaf in (one.k, one.v))
 
     make = functools.partial(functools.partial, model=model, places=places)
     return {

@@ -114,18 +114,12 @@ def start_beams(
         ),
         done=jnp.zeros(batch, bool),
         caches=jax.tree.map(
-            lambda leaf: jnp.repeat(_resize(leaf, places), num_beams, axis=0), caches
+            lambda leaf: jnp.repeat(leaf, num_beams, axis=0),
+            tuple(cache.resize(places) for cache in caches),
         ),
     )
     everywhere = jnp.broadcast_to(logits[:, None], (batch, num_beams, vocab))
     return _advance(state, everywhere, rules)[0]
-
-
-def _resize(leaf: Array, places: int) -> Array:
-    """A leaf of a cache with so many places: what is too much cut off, what is missing zero."""
-    missing = max(0, places - leaf.shape[2])
-    widths = [(0, 0), (0, 0), (0, missing), *[(0, 0)] * (leaf.ndim - 3)]
-    return jnp.pad(leaf[:, :, :places], widths)
 
 
 def beam_step(params: Params, state: BeamState, rules: BeamRules, *, model: MiniGPT4) -> BeamState:

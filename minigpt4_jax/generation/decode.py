@@ -95,10 +95,10 @@ def extend(
         length: tokens of the whole prompt.
         places: how many places of the cache are read, from the first on.
     """
-    part = jax.tree.map(
-        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axis=0)[:, :, :places],
-        state.caches,
+    row = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axis=0), state.caches
     )
+    part = tuple(cache.crop(places) for cache in row)
     positions = start + jnp.arange(token_ids.shape[1])[None]
     logits, part = _read(
         params, part, token_ids, image_embeds, positions, length - start, places=places, model=model

@@ -18,6 +18,7 @@ import pytest
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.models.attention import make_cache_mask
 from minigpt4_jax.models.kv_cache import (
+    PLACES,
     LayerCache,
     _scatter_tokens,
     _select_tokens,
@@ -31,8 +32,10 @@ KV_HEADS, HEAD_DIM = 2, 3
 
 
 def empty(batch: int, slots: int) -> LayerCache:
-    blank = jnp.full((batch, KV_HEADS, slots, HEAD_DIM), -1.0)
-    return LayerCache(k=blank, v=blank)
+    return LayerCache(
+        k=jnp.full((batch, KV_HEADS, HEAD_DIM, slots), -1.0),
+        v=jnp.full((batch, KV_HEADS, slots, HEAD_DIM), -1.0),
+    )
 
 
 def draw(*lead: int) -> np.ndarray:
@@ -93,7 +96,7 @@ def test_rows_behind_those_given_are_neither_written_nor_read() -> None:
 
 def test_a_cache_keeps_its_own_dtype() -> None:
     cache = LayerCache(
-        k=jnp.zeros((1, KV_HEADS, 4, HEAD_DIM), jnp.bfloat16),
+        k=jnp.zeros((1, KV_HEADS, HEAD_DIM, 4), jnp.bfloat16),
         v=jnp.zeros((1, KV_HEADS, 4, HEAD_DIM), jnp.bfloat16),
     )
     after = cache.update(
@@ -109,48 +112,68 @@ def test_an_empty_cache_has_one_entry_per_layer_and_only_the_key_heads(
     caches = init_cache(cfg, 3, capacity=10, dtype=jnp.bfloat16)
     assert len(caches) == cfg.num_layers
     for cache in caches:
-        for leaf in (cache.k, cache.v):
-            assert leaf.shape == (3, cfg.num_kv_heads, 10, cfg.head_dim)
-            assert leaf.dtype == jnp.bfloat16
+        assert cache.k.shape == (3, cfg.num_kv_heads, cfg.head_dim, 10)
+        assert cache.v.shape == (3, cfg.num_kv_heads, 10, cfg.head_dim)
+        assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def test_a_cache_of_more_or_fewer_places_keeps_what_both_have() -> None:
+    k, v = draw(2, 6), draw(2, 6) + 1
+    places = jnp.broadcast_to(jnp.arange(6)[None], (2, 6))
+    cache = empty(2, 6).update(jnp.asarray(k), jnp.asarray(v), places, length=6)
+    for shorter in (cache.crop(4), cache.resize(4)):
+        assert shorter.capacity == 4
+        for found, given in zip(shorter.read(2, 4), (k, v), strict=True):
+            np.testing.assert_array_equal(found, given[:, :4])
+    longer = cache.resize(8)
+    assert longer.capacity == 8
+    for found, given in zip(longer.read(2, 8), (k, v), strict=True):
+        np.testing.assert_array_equal(found[:, :6], given)
+        np.testing.assert_array_equal(found[:, 6:], 0.0)
 
 
 # --- one token per row: a scatter or a select ---
 
 WAYS = {"scatter": _scatter_tokens, "select": partial(_select_tokens, length=7)}
+LEAVES = {"keys": ((2, 5, 9), 3), "values": ((2, 9, 5), 2), "scales": ((2, 9), 2)}
+"""What is behind the rows of a leaf of 9 places, and the axis of these."""
 
 
 def draw_leaf(dtype: Any, *shape: int) -> np.ndarray:
     return (np.random.default_rng(len(shape)).normal(size=shape) * 40).astype(dtype)
 
 
-def draw_write(dtype: Any, *tail: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A leaf of 4 rows and 9 places, what 3 rows write, where, and what must come of it."""
-    leaf, new = draw_leaf(dtype, 4, 2, 9, *tail), draw_leaf(dtype, 3, 2, 1, *tail) + 1
+def draw_write(
+    dtype: Any, tail: tuple[int, ...], axis: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A leaf of 4 rows, what 3 rows write, where, and what must come of it."""
+    leaf, new = draw_leaf(dtype, 4, *tail), draw_leaf(dtype, 3, *tail).take([0], axis) + 1
     places = np.asarray([6, 0, 3], np.int32)
     expected = leaf.copy()
     for row, place in enumerate(places):
-        expected[row, :, place] = new[row, :, 0]
+        np.moveaxis(expected[row], axis - 1, 0)[place] = new[row].squeeze(axis - 1)
     assert not np.array_equal(expected, leaf)
     return leaf, new, places, expected
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8])
-@pytest.mark.parametrize("tail", [(5,), ()], ids=["values", "scales"])
+@pytest.mark.parametrize("kind", LEAVES)
 def test_a_token_changes_its_place_and_not_one_bit_of_any_other(
-    way: str, dtype: Any, tail: tuple[int, ...]
+    way: str, dtype: Any, kind: str
 ) -> None:
-    leaf, new, places, expected = draw_write(dtype, *tail)
-    found = jax.jit(WAYS[way])(jnp.asarray(leaf), jnp.asarray(new), jnp.asarray(places))
+    leaf, new, places, expected = draw_write(dtype, *LEAVES[kind])
+    write = jax.jit(partial(WAYS[way], axis=LEAVES[kind][1]))
+    found = write(jnp.asarray(leaf), jnp.asarray(new), jnp.asarray(places))
     assert found.dtype == dtype
     assert np.asarray(found).tobytes() == expected.tobytes()
 
 
 def test_one_export_holds_both_ways_and_writes_in_place() -> None:
-    leaf, new, places, expected = draw_write(np.float32, 5)
+    leaf, new, places, expected = draw_write(np.float32, *LEAVES["keys"])
 
     def write(leaf: jax.Array, new: jax.Array, places: jax.Array) -> jax.Array:
-        return _write_tokens(leaf, new, places=places, length=7)
+        return _write_tokens(leaf, new, places=places, length=7, axis=3)
 
     jitted = jax.jit(write, donate_argnums=0)
     args = (jnp.asarray(leaf), jnp.asarray(new), jnp.asarray(places))
@@ -174,7 +197,7 @@ def test_one_export_holds_both_ways_and_writes_in_place() -> None:
 
 def test_an_int8_cache_has_one_scale_per_token_and_head_and_is_off_by_half_of_it_at_most() -> None:
     empty_cache = LayerCache(
-        k=jnp.zeros((3, KV_HEADS, 6, HEAD_DIM), jnp.int8),
+        k=jnp.zeros((3, KV_HEADS, HEAD_DIM, 6), jnp.int8),
         v=jnp.zeros((3, KV_HEADS, 6, HEAD_DIM), jnp.int8),
         k_scale=jnp.zeros((3, KV_HEADS, 6)),
         v_scale=jnp.zeros((3, KV_HEADS, 6)),
@@ -204,19 +227,22 @@ def test_an_int8_cache_has_one_scale_per_token_and_head_and_is_off_by_half_of_it
         np.testing.assert_allclose(scale, np.abs(given).max(-1) / 127, rtol=1e-6)
         error = np.abs(np.asarray(values)[:, 1:] * scale[..., None] - given)
         assert (error <= scale[..., None] * (0.5 + 1e-4)).all()
-    for leaf in jax.tree.leaves(stretch):  # the third row, and the places around the two
-        assert not np.asarray(leaf)[2].any()
-        assert not np.asarray(leaf)[:, :, [0, 3, 4, 5]].any()
+    for name, axis in PLACES.items():  # the third row, and the places around the two
+        leaf = np.asarray(getattr(stretch, name))
+        assert not leaf[2].any()
+        assert not leaf.take([0, 3, 4, 5], axis).any()
 
 
-def test_an_empty_int8_cache_has_leaves_of_its_own_with_row_head_and_place_in_front(
+def test_an_empty_int8_cache_has_leaves_of_its_own_with_row_and_head_in_front(
     tiny_config: ModelConfig,
 ) -> None:
     cfg = tiny_config.llama
     leaves = jax.tree.leaves(init_cache(cfg, 3, capacity=10, dtype=jnp.int8))
     assert len(leaves) == 4 * cfg.num_layers
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
-    assert all(leaf.shape[:3] == (3, cfg.num_kv_heads, 10) for leaf in leaves)
+    assert all(leaf.shape[:2] == (3, cfg.num_kv_heads) for leaf in leaves)
+    for name, axis in PLACES.items():
+        assert getattr(init_cache(cfg, 3, capacity=10, dtype=jnp.int8)[0], name).shape[axis] == 10
     assert {leaf.dtype for leaf in leaves if leaf.ndim == 4} == {jnp.dtype(jnp.int8)}
     assert {leaf.dtype for leaf in leaves if leaf.ndim == 3} == {jnp.dtype(jnp.float32)}
     for dtype in (jnp.float32, jnp.bfloat16):

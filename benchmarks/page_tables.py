@@ -54,6 +54,27 @@ def gpu(result: dict[str, Any]) -> str:
     return "\n".join([said, "", *lines])
 
 
+def gpu_training(result: dict[str, Any]) -> str:
+    """Train steps of a GPU host: samples, the share of the card's own matmul and of its data sheet, memory."""
+    lines = [
+        "| what | samples/s | ms per step | of its matmul | of its data sheet | peak memory, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"].values():
+        if "error" in row:
+            said = f"failed: {row['error'].splitlines()[0][:80]}"
+            lines.append(f"| {row['what']} | {said} | | | | |")
+            continue
+        shares = [
+            f"{row[key]:.0%}" if row.get(key) else "" for key in ("share_of_peak", "utilisation")
+        ]
+        lines.append(
+            f"| {row['what']} | {row['samples_per_s']:,.1f} | {row['ms']:,.1f} | {shares[0]} | {shares[1]} "
+            f"| {row['peak_bytes'] / 1e9:.1f} |"
+        )
+    return "\n".join([f"{_where(result, None)}.".removeprefix("on ").capitalize(), "", *lines])
+
+
 def gpu_settings(result: dict[str, Any]) -> str:
     """Bare decode steps under each set of command buffers, and what XLA made of them."""
     names = (
@@ -97,7 +118,8 @@ COMMANDS = {
     "inference_cpu": "python benchmarks/inference.py --device cpu --out benchmarks/results/inference_cpu.json",
     "inference_gpu": "python benchmarks/inference.py --device gpu --out benchmarks/results/inference_gpu.json",
     "decode_layout": "python benchmarks/decode_layout.py --out benchmarks/results/decode_layout.json",
-    "smol": "python benchmarks/smol.py --out benchmarks/results/smol.json",
+    "train_cpu": "python benchmarks/train.py --device cpu --out benchmarks/results/train_cpu.json",
+    "train_gpu": "python benchmarks/train.py --device gpu --out benchmarks/results/train_gpu.json",
     "quantised": "python benchmarks/quantised.py --out benchmarks/results/quantised.json",
 }
 """File of results -> the command that writes it."""
@@ -105,7 +127,8 @@ COMMANDS = {
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "inference_cpu": ("inference_cpu", ratios),
     "decode_layout": ("decode_layout", ratios),
-    "smol": ("smol", ratios),
+    "train_cpu": ("train_cpu", ratios),
+    "train_gpu": ("train_gpu", gpu_training),
     "inference_gpu": ("inference_gpu", gpu),
     "gpu_settings": ("inference_gpu", gpu_settings),
     "quantised": ("quantised", quantised),
@@ -115,6 +138,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 UNMEASURED = {
     "inference_gpu": "Not measured: no GPU was available.",
     "gpu_settings": "Not measured: no GPU was available.",
+    "train_gpu": "Not measured: no GPU was available.",
 }
 
 

@@ -1,28 +1,21 @@
-"""The train step of the smol model beside PyTorch, in float32 on two threads of one CPU.
-
-    pip install -e ".[parity]"
-    python benchmarks/smol.py [--rows train_36 ...] [--rounds 9] [--out benchmarks/results/smol.json]
+"""The train step of the smol model beside PyTorch, in float32 on two threads of one CPU: the rows of `train.py`.
 
 Both sides have the same weights and the same inputs, run in one process and take turns, round after round; before a row
 is timed, its numbers must agree. A round calls each side once untimed (the other side emptied the caches) and then for
 about a second; its value is the median of those calls. Reported are the medians over the rounds and
 ratio = torch time / our time: above 1 we are faster.
 
-Ours is the step of `train.py`; theirs (`smol_torch.py`) is `transformers` as it comes, without `torch.compile`. Not
-for: images, prompts and answers (`inference.py`).
+Ours is the step of `train.py`; theirs (`smol_torch.py`) is `transformers` as it comes, without `torch.compile`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import measuring
 import numpy as np
-from measuring import THREADS, TOLERANCE, Row, require_agreement, whole_call
+from measuring import TOLERANCE, Row, require_agreement, whole_call
 
 from convert.projection import read_projection
 from minigpt4_jax.loading import load_frozen, shipped_projection
@@ -103,27 +96,3 @@ ROWS: dict[str, Callable[[Params], Row]] = {
     "train_36": lambda params: train_row(params, 36, 8),
     "train_96": lambda params: train_row(params, 96, 64),
 }
-
-
-def main() -> None:
-    """Runs the benchmark; prints every row and writes the JSON as soon as it is measured."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    measuring.use_two_threads()
-    jax.config.update("jax_platforms", "cpu")
-    smol_torch = measuring.import_torch_side("smol_torch")
-    smol_torch.use_threads(THREADS)
-    hardware = {**measuring.hardware(), "threads": THREADS, **smol_torch.VERSIONS}
-    results = measuring.Results(args.out, {"hardware": hardware, "rounds": args.rounds})
-    params = load_params()
-    for name in filter(results.missing, args.rows):
-        row = measuring.measure(ROWS[name](params), args.rounds)
-        print(measuring.one_line(name, row), flush=True)
-        results.add(name, row, order=list(ROWS))
-
-
-if __name__ == "__main__":
-    main()

@@ -22,10 +22,11 @@ from minigpt4_jax.loading import load_frozen, shipped_projection
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
-from minigpt4_jax.train_config import OptimizerConfig
+from minigpt4_jax.sharding import make_mesh, replicated
+from minigpt4_jax.train_config import OptimizerConfig, TrainConfig
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.state import TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.program import lower_train_step, start_state
+from minigpt4_jax.training.state import TrainBatch
 
 PRESET = get_preset("smol")
 
@@ -65,13 +66,15 @@ def train_row(params: Params, length: int, num_targets: int) -> Row:
         "target_mask": np.ones(places.shape, bool),
         "features": np.tile(np.asarray(encode(vision, images)), (2, 1, 1)),
     }
-    tx = make_optimizer(optimizer)
-    model = make_model(config, layout=TRAIN, dtype=jnp.float32)
-    train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    llama = convert_layout(params["llama"], DISK, TRAIN, llama=config.llama)
-    frozen = {"llama": jax.tree.map(jnp.asarray, llama)}
-    on_device = TrainBatch(**{name: jnp.asarray(array) for name, array in batch.items()})
-    state = init_state(jax.tree.map(jnp.array, params["llama_proj"]), tx)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    train_step = lower_train_step(
+        config, optimizer, mesh=mesh, batch_size=len(ids), length=length, targets=num_targets,
+        remat=TrainConfig().remat, dtype=jnp.float32,
+    ).compile()  # fmt: skip
+    llama = convert_layout({"llama": params["llama"]}, DISK, TRAIN, llama=config.llama)
+    frozen = jax.device_put(llama, replicated(mesh))
+    on_device = jax.device_put(TrainBatch(**batch), replicated(mesh))
+    state = start_state(params["llama_proj"], make_optimizer(optimizer), mesh=mesh)
 
     def our_step() -> float:
         nonlocal state

@@ -26,13 +26,14 @@ from full_size import abstract_params_in, random_params, tree_bytes
 from parts import Spec
 
 from minigpt4_jax import estimate, hardware
-from minigpt4_jax.models.layout import DISK, TRAIN
+from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
+from minigpt4_jax.sharding import make_mesh, replicated
 from minigpt4_jax.train_config import OptimizerConfig
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.state import TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.program import abstract_frozen, lower_train_step, start_state
+from minigpt4_jax.training.state import TrainBatch
 
 REPEATS = 5
 REMAT = "names"
@@ -83,14 +84,20 @@ class Trainer:
         self.dtype = jnp.dtype(sizes.dtype)
         self.rows = sizes.batches[batch]
         self.length, self.targets = sizes.stages[stage]
-        train = abstract_params_in(self.config, TRAIN, self.dtype)
-        self.frozen: Params = random_params({"llama": train["llama"]})
+        self.mesh = make_mesh(devices=jax.devices()[:1])
+        optimizer = OptimizerConfig(init_lr=1e-6, min_lr=1e-6, warmup_steps=0)
+        self.program = lower_train_step(
+            self.config, optimizer, mesh=self.mesh, batch_size=self.rows, length=self.length,
+            targets=self.targets, remat=REMAT, dtype=self.dtype,
+        ).compile()  # fmt: skip
+        llama = abstract_frozen(self.config, mesh=self.mesh, dtype=self.dtype)
+        self.frozen: Params = self._placed(random_params(llama))
         disk = abstract_params_in(self.config, DISK, self.dtype)
-        parts_of_vision = {name: disk[name] for name in self.config.vision_parts}
-        self.vision: Params = random_params(parts_of_vision, seed=1)
-        wide = {"llama_proj": abstract_params_in(self.config, TRAIN, jnp.float32)["llama_proj"]}
-        tx = make_optimizer(OptimizerConfig(init_lr=1e-6, min_lr=1e-6, warmup_steps=0))
-        self.state = init_state(random_params(wide, seed=2)["llama_proj"], tx)
+        vision = {name: disk[name] for name in self.config.vision_parts}
+        self.vision: Params = random_params(vision, seed=1)
+        wide = abstract_params_in(self.config, DISK, jnp.float32)["llama_proj"]
+        projection = random_params({"llama_proj": wide}, seed=2)["llama_proj"]
+        self.state = start_state(projection, make_optimizer(optimizer), mesh=self.mesh)
         tower = make_model(self.config, layout=DISK, dtype=self.dtype)
         self.encode = jax.jit(lambda params, x: apply_method(tower, params, "encode_vision", x)[0])
         rng = np.random.default_rng(0)
@@ -99,12 +106,9 @@ class Trainer:
         self.features = jnp.asarray(
             rng.normal(size=(self.rows, *self.config.feature_shape)), jnp.float32
         )
-        network = make_model(self.config, layout=TRAIN, dtype=self.dtype)
-        self.program = (
-            jax.jit(make_train_step(network, tx), donate_argnums=0)
-            .lower(self.state, self.frozen, self.batch(self.features))
-            .compile()
-        )
+
+    def _placed(self, tree: Any) -> Any:
+        return jax.device_put(tree, replicated(self.mesh))
 
     def batch(self, features: jax.Array) -> TrainBatch:
         """Random ids behind the picture's places; the last `targets` of a row are its answer."""
@@ -114,14 +118,16 @@ class Trainer:
         ids[:, 1 : 1 + self.config.num_image_tokens] = -1
         answer = np.arange(self.length - self.targets, self.length, dtype=np.int32)
         places = np.broadcast_to(answer, (self.rows, self.targets))
-        return TrainBatch(
-            token_ids=jnp.asarray(ids),
-            attention_mask=jnp.ones(ids.shape, bool),
-            target_positions=jnp.asarray(places - 1),
-            target_ids=jnp.asarray(np.take_along_axis(ids, places, axis=1)),
-            target_mask=jnp.ones(places.shape, bool),
+        batch = TrainBatch(
+            token_ids=ids,
+            attention_mask=np.ones(ids.shape, bool),
+            target_positions=places - 1,
+            target_ids=np.take_along_axis(ids, places, axis=1),
+            target_mask=np.ones(places.shape, bool),
             features=features,
         )
+        placed: TrainBatch = self._placed(batch)
+        return placed
 
     def run(self, steps: int, *, pictures: bool) -> float:
         """Takes so many steps; returns the loss of the last one, which waits for all of them."""
@@ -129,7 +135,7 @@ class Trainer:
         for _ in range(steps):
             if pictures:
                 features = self.encode(self.vision, self.pictures).astype(jnp.float32)
-                batch = dataclasses.replace(batch, features=features)
+                batch = batch._replace(features=self._placed(features))
             self.state, numbers = self.program(self.state, self.frozen, batch)
         return float(numbers.loss)
 
@@ -163,7 +169,7 @@ def train_row(sizes: Sizes, *, model: str, stage: str, source: str, batch: str) 
         "flop": flops,
         "flop_per_s": flop_per_s,
         "share_of_peak": _share(flops, flop_per_s, step_s),
-        "utilisation": _share(flops, sheet.flop_per_s, step_s) if sheet else None,
+        "utilisation": _share(flops, sheet.flops_per_s, step_s) if sheet else None,
         "peak_bytes": stats.get("peak_bytes_in_use", 0),
         "frozen_bytes": tree_bytes(trainer.frozen),
         "temp_bytes": memory.temp_size_in_bytes,

@@ -190,16 +190,24 @@ def _train(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     set_up_jax()
+    from minigpt4_jax.training.distributed import run_beside_others
+
+    return run_beside_others(lambda: _train_here(config), config=config.distributed)
+
+
+def _train_here(config: TrainConfig) -> int:
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
     from minigpt4_jax.loading import load_frozen
     from minigpt4_jax.model_folder import find_preset
+    from minigpt4_jax.training.distributed import first_process_first, is_first_process
     from minigpt4_jax.training.loop import train
 
     start = None
     if config.init_projection not in ("ridge", "random"):
         start, _ = read_projection(Path(config.init_projection), find_preset(config.model).model)
-    with tensor_bar() as progress:
+    # `smol` is fetched and converted where it is not yet.
+    with first_process_first("model"), tensor_bar() as progress:
         params, tokenizer = load_frozen(config.model, progress=progress)
     train(
         config,
@@ -208,7 +216,8 @@ def _train(args: argparse.Namespace) -> int:
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),
     )
-    print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
+    if is_first_process():
+        print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
     return 0
 
 

@@ -174,6 +174,12 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def one_for_each_device(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    """For one number of each device, `[devices]`, side by side, and for what is made of them, whole everywhere."""
+    mesh = Mesh(devices, ("device",))
+    return NamedSharding(mesh, P("device")), NamedSharding(mesh, P())
+
+
 def constrain(x: jax.Array) -> jax.Array:
     """An activation `[..., D]` whose width stays whole on every device; how its rows lie is left to the compiler.
 

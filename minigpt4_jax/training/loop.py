@@ -35,6 +35,7 @@ from minigpt4_jax.models.minigpt4 import Params, make_model
 from minigpt4_jax.presets import Preset
 from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.distributed import first_process_first, is_first_process
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import make_progress
@@ -67,7 +68,7 @@ def train(
 
     Raises:
         UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the step that was running is saved first.
+        Stopped: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
     if not config.workdir or not config.data.all_sources():
         raise UserError(
@@ -85,7 +86,8 @@ def train(
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
         parts = _open_sources(config)
         dtype = _frozen_dtype(config.dtype)
-        vision = make_vision(config, preset, parts, params, dtype=dtype)
+        with first_process_first("features"):
+            vision = make_vision(config, preset, parts, params, dtype=dtype)
         with (
             make_batches(config, preset, parts, vision, tokenizer) as batches,
             stop_after_step() as stop,
@@ -109,10 +111,9 @@ def train(
                 config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
             )
         checkpoints.wait_until_finished()
-        if step < config.optimizer.max_steps:
-            raise KeyboardInterrupt
     trained: Projection = jax.tree.map(np.asarray, state.projection)
-    save_projection(workdir / "projection.safetensors", trained)
+    if is_first_process():
+        save_projection(workdir / "projection.safetensors", trained)
     return trained
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.pipeline import Pipeline
+from minigpt4_jax.exits import Stopped
 from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import Metrics
@@ -37,7 +38,7 @@ def run_steps(
     meta: dict[str, Any],
     stop: Stop,
 ) -> tuple[TrainState, int]:
-    """Steps until the last one, or until a signal asks to stop; what was done is saved either way."""
+    """Steps until the last one, or until a signal asks to stop (`Stopped`); what was done is saved either way."""
     schedule = make_schedule(config.optimizer)
     max_steps = config.optimizer.max_steps
     with Metrics(
@@ -64,10 +65,11 @@ def run_steps(
                 image_token_std=image_token_std,
                 samples=config.data.batch_size,
             )
-            # Read once: a stop that comes too late for this save waits for the next step.
-            stopping = stop.requested
+            # Asked once: a stop that comes too late for this save waits for the next step.
+            stopping = stop.decided()
             if step % config.save_every == 0 or step == max_steps or stopping:
                 checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
-            if stopping:
-                break
+            if stopping and step < max_steps:
+                checkpoints.wait_until_finished()
+                raise Stopped(stopping, step)
     return state, step

@@ -106,9 +106,16 @@ def train(
                 state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
             take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
             state, step = run_steps(
-                config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
+                config,
+                state,
+                step,
+                take_step,
+                batches,
+                checkpoints,
+                parts=parts,
+                meta=meta,
+                stop=stop,
             )
-        checkpoints.wait_until_finished()
         if step < config.optimizer.max_steps:
             raise KeyboardInterrupt
     trained: Projection = jax.tree.map(np.asarray, state.projection)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, UserError
 from minigpt4_jax.data.prompts import (
@@ -44,6 +44,10 @@ class Batch(TypedDict):
     target_mask: Bool[np.ndarray, "B A"]
     image_index: Int32[np.ndarray, " B"]
     """Number of the sample's picture among the pictures of all sources: its row in the feature cache."""
+    source: NotRequired[Int32[np.ndarray, " B"]]
+    """Number of the sample's source, in a batch of a stream (`pipeline.py`)."""
+    sample_index: NotRequired[Int64[np.ndarray, " B"]]
+    """Number of the sample in its source, likewise. Of a corrupt sample, that of the one in its place."""
     pixels: NotRequired[Float32[np.ndarray, "B H W 3"]]
     """The normalised pictures, where the run trains from pixels."""
 

@@ -49,6 +49,7 @@ class _Pick(NamedTuple):
 
 class _Sample(NamedTuple):
     part: int
+    index: int
     tokens: ExampleTokens
     image_row: int
     pixels: np.ndarray | None
@@ -199,6 +200,8 @@ def make_pipeline(
             [sample.image_row for sample in samples],
             length_multiple=length_multiple,
         )
+        batch["source"] = np.asarray([sample.part for sample in samples], np.int32)
+        batch["sample_index"] = np.asarray([sample.index for sample in samples], np.int64)
         if pictures is not None:
             batch["pixels"] = np.stack([s.pixels for s in samples if s.pixels is not None])
         drawn = np.bincount([sample.part for sample in samples], minlength=len(parts)).tolist()
@@ -287,4 +290,4 @@ class _SampleReader:
             if image is None:
                 image = part.source.read_image(example.image_row)
             pixels = self._pictures(image, example.name, rng=rng)
-        return _Sample(pick.part, tokens, row, pixels, None)
+        return _Sample(pick.part, pick.sample, tokens, row, pixels, None)

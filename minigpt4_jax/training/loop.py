@@ -108,9 +108,16 @@ def train(
                 state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
             take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
             state, step = run_steps(
-                config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
+                config,
+                state,
+                step,
+                take_step,
+                batches,
+                checkpoints,
+                parts=parts,
+                meta=meta,
+                stop=stop,
             )
-        checkpoints.wait_until_finished()
     trained: Projection = jax.tree.map(np.asarray, state.projection)
     if is_first_process():
         save_projection(workdir / "projection.safetensors", trained)

@@ -82,6 +82,18 @@ def make_train_step(
             grad_norm=optax.tree.norm(grads),
             image_token_std=jnp.std(image_embeds.astype(jnp.float32)),
         )
-        return TrainState(step=state.step + 1, projection=projection, opt_state=opt_state), numbers
+        after = TrainState(step=state.step + 1, projection=projection, opt_state=opt_state)
+        return _unless_broken(state, after, numbers), numbers
 
     return train_step
+
+
+def _unless_broken(before: TrainState, after: TrainState, numbers: StepNumbers) -> TrainState:
+    """`after`; or `before`, its step negative, where the loss or the gradient is not finite, and ever after.
+
+    The sign keeps the steps that are on their way, when the loop reads this one's numbers, from moving what it left.
+    """
+    sound = (before.step >= 0) & jnp.isfinite(numbers.loss) & jnp.isfinite(numbers.grad_norm)
+    kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+    stopped = jnp.minimum(before.step, -1 - before.step)
+    return kept._replace(step=jnp.where(sound, after.step, stopped))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,6 +71,7 @@ def test_a_window_is_read_once_by_however_many_threads() -> None:
 
     def counting(position: int) -> Words:
         read[position] += 1
+        time.sleep(0.001)  # so that the others come while it reads
         return words(position)
 
     of = windows(counting)

@@ -1,0 +1,81 @@
+"""data/windows.py: each sample of a window once, those of a length together, read once by however many threads."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt4_jax.data.batches import join_example
+from minigpt4_jax.data.reading import Pick, Words
+from minigpt4_jax.data.windows import Windows, arrange
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 6), batches=st.integers(1, 6), seed=st.integers(0, 2**32), data=st.data()
+)
+def test_a_window_holds_every_sample_once_and_its_batches_follow_each_other_in_length(
+    size: int, batches: int, seed: int, data: st.DataObject
+) -> None:
+    count = size * batches
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    order = arrange(lengths, size, rng=np.random.default_rng(seed))
+    assert order.shape == (batches, size)
+    assert sorted(order.ravel().tolist()) == list(range(count))
+    if batches == 1:
+        assert order[0].tolist() == list(range(count))
+    else:
+        by_length = sorted([lengths[place] for place in row] for row in order.tolist())
+        assert [length for row in by_length for length in row] == sorted(lengths)
+
+
+def test_the_batches_of_a_window_come_in_an_order_of_their_own() -> None:
+    lengths = list(range(40))
+    firsts = {
+        tuple(arrange(lengths, 4, rng=np.random.default_rng(seed))[:, 0].tolist())
+        for seed in range(5)
+    }
+    assert len(firsts) == 5
+
+
+def words(position: int) -> Words:
+    tokens = join_example([1], [7] * (1 + position * 5 % 11))
+    return Words(Pick(0, position, 0), position, 0, tokens, "x", position, (), 0)
+
+
+def windows(read: object = words, *, kept: int = 3, seed: int = 1) -> Windows:
+    return Windows(read, size=4, batch_size=3, seed=seed, kept=kept)  # type: ignore[arg-type]  # a plain function
+
+
+def samples(of: Windows, numbers: range) -> list[list[int]]:
+    return [[one.pick.sample for one in of.batch(number)] for number in numbers]
+
+
+def test_batches_depend_on_seed_and_number_and_not_on_what_was_asked_before() -> None:
+    straight = samples(windows(), range(12))
+    for number in reversed(range(12)):
+        assert samples(windows(kept=1), range(number, number + 1)) == [straight[number]]
+    for first in (0, 4, 8):  # twelve samples in each window of four batches
+        inside = [sample for batch in straight[first : first + 4] for sample in batch]
+        assert sorted(inside) == list(range(3 * first, 3 * first + 12))
+    assert samples(windows(seed=2), range(12)) != straight
+
+
+def test_a_window_is_read_once_by_however_many_threads() -> None:
+    read: Counter[int] = Counter()
+
+    def counting(position: int) -> Words:
+        read[position] += 1
+        time.sleep(0.001)  # so that the others come while it reads
+        return words(position)
+
+    of = windows(counting)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(of.batch, [0, 1, 2, 3, 0, 1, 4, 5]))
+    assert found[0] == found[4]
+    assert read == Counter(range(24))

@@ -1,7 +1,7 @@
 """The processes of one run, one a host: how they find each other, wait for each other, and end when one is lost.
 
 For: `run_beside_others` around a whole run, before anything touches a device; `first_process_first` around what writes
-a shared folder. Not for: meshes (`sharding.py`), which samples a process reads (`data/pipeline.py`), stopping together
+a shared folder; `Agreement` and `of_all_processes` for what they must know of each other. Not for: meshes (`sharding.py`), which samples a process reads (`data/pipeline.py`), stopping together
 (`stopping.py`).
 
 What only process 0 does: the progress and the metrics (`metrics.py`), the checksums of a checkpoint
@@ -14,6 +14,7 @@ Differs from the original, whose `init_distributed_mode` reads torchrun's enviro
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -24,14 +25,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.exits import PROBLEM, PeerLost, Stopped, run_command
+from minigpt4_jax.sharding import one_for_each_device
 from minigpt4_jax.train_config import DistributedConfig
 
 FIRST_WORD_S, MOST_WORDS_S = 3.0, 30.0
 """A process that waits says so after 3 s, and then at growing distances of up to 30 s."""
+TEXT_MULTIPLE = 4096
+"""Bytes; texts between processes are padded up to a multiple, so that a run compiles their exchange once."""
 DAY_MS = 24 * 3600 * 1000
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 """What `srun` gives each of its tasks; JAX asks for the same five (jax/_src/clusters/slurm_cluster.py)."""
@@ -229,6 +236,38 @@ def first_process_first(name: str) -> Iterator[None]:
     yield
     if wait is not None and is_first_process():
         wait(key=name, timeout_ms=DAY_MS)
+
+
+class Agreement:
+    """What processes decide together after every step: the largest number that any of them gave, one call later.
+
+    Each puts its number beside those of the others and takes the maximum on the devices, behind the step that runs
+    there; it is read at the next call, when it is long there. So no step waits for it, and all read the same.
+    """
+
+    def __init__(self) -> None:
+        self._side_by_side, everywhere = one_for_each_device(jax.devices())
+        self._max = jax.jit(jnp.max, out_shardings=everywhere)
+        self._before: jax.Array | None = None
+
+    def after(self, number: int) -> int:
+        """Gives `number`, returns the largest of the call before: 0 at the first call. Waits for no other process."""
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        together = jax.make_array_from_process_local_data(self._side_by_side, mine)
+        before, self._before = self._before, self._max(together)
+        return 0 if before is None else int(before)
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """A JSON-like value of every process, in their order. All processes of a run must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(text), np.int32))
+    padded = np.zeros(-(-sizes.max() // TEXT_MULTIPLE) * TEXT_MULTIPLE, np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
 def run_beside_others(command: Callable[[], int], *, config: DistributedConfig) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.datasets import Part
@@ -31,12 +33,12 @@ def require_finite(
 ) -> None:
     """Raises `UserError` that names the step and its samples, unless both numbers are finite.
 
-    Writes `<workdir>/nonfinite_step_<step>.json` with every sample of this process's part of the batch.
+    Writes `<workdir>/nonfinite_step_<step>_process_<i>.json` with every sample of this process's part of the batch.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     samples = name_samples(batch, parts)
-    file = workdir / f"nonfinite_step_{step}.json"
+    file = workdir / f"nonfinite_step_{step}_process_{jax.process_index()}.json"
     record = {
         "step": step,
         "loss": str(loss),

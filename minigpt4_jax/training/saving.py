@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 
 from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.config import UserError
-from minigpt4_jax.training.checkpoints import TrainCheckpoints, from_process_0
+from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.distributed import Agreement, is_first_process
 from minigpt4_jax.training.state import TrainState
 
 RETRY_S = 60.0
@@ -56,9 +57,10 @@ class Saver:
         self._due = False
         self._started: int | None = None
         self._failed = 0
+        self._agreement = Agreement() if jax.process_count() > 1 else None
 
     def wants_save(self, step: int) -> bool:
-        """Whether it is time, as process 0 sees it: the others do as it says. Ask once after every step."""
+        """Whether it is time to save `step`, as process 0 sees it: the others do as it says. Ask once for every step."""
         now = self._clock()
         self._due |= step % self._save_every == 0
         self._due |= 0 < self._every_s <= now - self._last_s
@@ -67,14 +69,21 @@ class Saver:
         return self._due and not self._checkpoints.busy
 
     def due(self, step: int) -> bool:
-        """`wants_save` of process 0, on all processes; one small message per step where there are several.
+        """`wants_save` of process 0, on all processes; to be asked after every step.
+
+        Where there are several, process 0 says a step ahead what it wants, so that no step waits for its word.
 
         Raises:
             UserError: too many saves in a row have failed.
         """
-        if jax.process_count() == 1 and not self._checkpoints.busy:
+        if self._agreement is not None:
+            wish = is_first_process() and self.wants_save(step + 1)
+            if wish:
+                self._begin()
+            return bool(self._agreement.after(int(wish)))
+        if not self._checkpoints.busy:
             self._finish()
-        return bool(from_process_0(self.wants_save(step)))
+        return self.wants_save(step)
 
     def save(
         self, step: int, state: TrainState, *, data_state: dict[str, Any], meta: dict[str, Any]
@@ -99,6 +108,9 @@ class Saver:
         self._start(step, state, data_state=data_state, meta=meta, last=True)
         self._finish(last=True)
 
+    def _begin(self) -> None:
+        self._due, self._retry_s, self._last_s = False, None, self._clock()
+
     def _start(
         self,
         step: int,
@@ -114,7 +126,8 @@ class Saver:
                 f"The state holds step {held}, expected {step}: the loss of an earlier step was not a number. It is "
                 "not saved; the last checkpoint is from before it."
             )
-        self._due, self._retry_s, self._last_s = False, None, self._clock()
+        if self._agreement is None:
+            self._begin()
         if self._survives(
             step,
             lambda: self._checkpoints.save(step, state, data_state=data_state, meta=meta),

@@ -17,6 +17,7 @@ from minigpt4_jax.data.pipeline import Pipeline
 from minigpt4_jax.exits import Stopped
 from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.distributed import of_all_processes
 from minigpt4_jax.training.metrics import Metrics
 from minigpt4_jax.training.nonfinite import require_finite
 from minigpt4_jax.training.optimizer import make_schedule
@@ -80,9 +81,14 @@ def run_steps(
             # Asked once: a stop that comes too late for this save waits for the next step.
             stopping = stop.decided()
             if stopping or step == max_steps:
-                saver.save_last(step, state, data_state=batches.get_state(), meta=meta)
+                saver.save_last(step, state, data_state=_position(batches), meta=meta)
             elif saver.due(step):
-                saver.save(step, state, data_state=batches.get_state(), meta=meta)
+                saver.save(step, state, data_state=_position(batches), meta=meta)
             if stopping and step < max_steps:
                 raise Stopped(stopping, step)
     return state, step
+
+
+def _position(batches: Pipeline) -> dict[str, Any]:
+    """In the global order, with the corrupt samples that all processes have met."""
+    return batches.merge_states(of_all_processes(batches.get_state()))

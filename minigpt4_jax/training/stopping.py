@@ -1,8 +1,7 @@
 """Ctrl-C and SIGTERM: the step that is running is finished and saved, by all processes of a run the same one.
 
-A signal reaches one process; whether to stop is decided together, after every step. Each process puts its wish beside
-those of the others and takes their maximum, and looks at it one step later: it is then long there, so that no step
-waits for it, and every process reads the same number. (JAX's own `reached_preemption_sync_point` knows SIGTERM only,
+A signal reaches one process; whether to stop is decided together, after every step, one step later (see
+`distributed.Agreement`). (JAX's own `reached_preemption_sync_point` knows SIGTERM only,
 and keeps a handler of its own for it from the start, which leaves a process that is still loading deaf.)
 
 Not for: saving (`checkpoints.py`), which code a command ends with (`exits.py`).
@@ -16,11 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from minigpt4_jax.exits import INTERRUPTED, PREEMPTED
-from minigpt4_jax.sharding import one_for_each_device
+from minigpt4_jax.training.distributed import Agreement
 
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 """What a run ends with that a signal stopped. Of two, the larger counts: a person's Ctrl-C."""
@@ -40,22 +37,6 @@ class Stop:
         Of one process, what it wants. Of several, what any of them wanted when the step before this one was done.
         """
         return self.wanted if self._agreement is None else self._agreement.after(self.wanted)
-
-
-class Agreement:
-    """The largest number that any process gave, one call later."""
-
-    def __init__(self) -> None:
-        self._side_by_side, everywhere = one_for_each_device(jax.devices())
-        self._max = jax.jit(jnp.max, out_shardings=everywhere)
-        self._before: jax.Array | None = None
-
-    def after(self, number: int) -> int:
-        """Gives `number`, returns the largest of the call before: 0 at the first call. Waits for no other process."""
-        mine = np.full(jax.local_device_count(), number, np.int32)
-        together = jax.make_array_from_process_local_data(self._side_by_side, mine)
-        before, self._before = self._before, self._max(together)
-        return 0 if before is None else int(before)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ _KINDS: dict[int, Kind] = {1: "crc32", 2: "sha256"}
 """Of the checksums in a folder of that format."""
 
 LATE = ("commit_success.txt", "_CHECKPOINT_METADATA")
-"""Orbax writes these after everything else, with the time, and reads neither: compared once `add_checksums` ran."""
+"""Orbax writes these after everything else, with the time, reads neither: compared once `add_late_checksums` ran."""
 _CHUNK = 1 << 22  # bytes
 _THREADS = 4
 
@@ -53,11 +53,12 @@ def write_checksums(
     _write(folder, kind, {name: found[name] for name in names})
 
 
-def add_checksums(folder: Path, names: Collection[str]) -> None:
-    """Adds files of `folder` to its `checksums.json`."""
+def add_late_checksums(folder: Path) -> None:
+    """Adds the files of `LATE` below `folder` to its `checksums.json`."""
     stored = json.loads((folder / FILE).read_text())
     kind = _KINDS[stored["format"]]
-    _write(folder, kind, stored["files"] | _checksums(folder, sorted(names), kind=kind))
+    late = sorted(name for name in _files(folder) if _is_late(name))
+    _write(folder, kind, stored["files"] | _checksums(folder, late, kind=kind))
 
 
 def _write(folder: Path, kind: Kind, files: dict[str, Any]) -> None:
@@ -82,7 +83,8 @@ def damaged_files(folder: Path) -> list[str] | None:
         NewerFormat: a later version of this project wrote the folder.
     """
     try:
-        stored = json.loads((folder / FILE).read_text())
+        text = (folder / FILE).read_text()
+        stored = json.loads(text)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -95,7 +97,7 @@ def damaged_files(folder: Path) -> list[str] | None:
         )
     kind = _KINDS.get(format_) if type(format_) is int else None
     expected = stored.get("files") if kind else None
-    if kind is None or not isinstance(expected, dict):
+    if kind is None or not isinstance(expected, dict) or not text.endswith("\n"):
         return [f"{FILE} is not a list of checksums"]
     present = {name for name in _files(folder) if name in expected or not _is_late(name)}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - present)]

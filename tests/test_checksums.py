@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from minigpt4_jax import checksums
-from minigpt4_jax.checksums import LATE, NewerFormat, add_checksums, damaged_files, write_checksums
+from minigpt4_jax.checksums import (
+    LATE,
+    NewerFormat,
+    add_late_checksums,
+    damaged_files,
+    write_checksums,
+)
 
 
 @pytest.fixture
@@ -48,7 +54,16 @@ def test_without_checksums_nothing_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 1}', '{"format": "1", "files": {}}', "\0"]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        '{"format": "1", "files": {}}',
+        "\0",
+        '{"format": 1, "files": {}}',
+    ],
 )
 def test_a_broken_list_is_damage(text: str, folder: Path) -> None:
     (folder / "checksums.json").write_text(text)
@@ -80,16 +95,18 @@ def test_a_folder_with_sha256_is_compared_by_it_and_no_older_version_reads_it(
 
 
 def test_files_written_late_are_compared_once_they_are_added(folder: Path) -> None:
-    for name in LATE:
+    for name in (*LATE, f"deep/{LATE[0]}"):
         (folder / name).write_text("now")
     assert damaged_files(folder) == []
-    add_checksums(folder, LATE)
+    add_late_checksums(folder)
     assert damaged_files(folder) == []
     (folder / LATE[0]).write_text("not")
     (folder / LATE[1]).unlink()
+    (folder / "deep" / LATE[0]).write_text("not")
     problems = damaged_files(folder)
     assert problems is not None
     assert [problem.split(" has ")[0] for problem in problems] == [
         f"{LATE[1]} is missing",
         LATE[0],
+        f"deep/{LATE[0]}",
     ]

@@ -32,7 +32,7 @@ from minigpt4_jax.checkpoint import (
     require_same_trees,
     writable,
 )
-from minigpt4_jax.checksums import LATE, add_checksums, write_checksums
+from minigpt4_jax.checksums import add_late_checksums, write_checksums
 from minigpt4_jax.config import UserError
 from minigpt4_jax.training.quarantine import Damage, newest_whole_step, set_aside
 
@@ -266,8 +266,8 @@ class TrainCheckpoints:
         with writable(self._folder):
             self._manager.wait_until_finished()
             if self._saving is not None and jax.process_index() == 0:
-                # These two were written behind the callback; a run killed before this line leaves them uncompared.
-                add_checksums(self._folder / str(self._saving), LATE)
+                # Orbax wrote these behind the callback; a run killed before this line leaves them uncompared.
+                add_late_checksums(self._folder / str(self._saving))
         self._saving = None
 
     def discard_unfinished(self) -> None:

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from minigpt4_jax.config import UserError
+from minigpt4_jax.training.lines import LineFile
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -103,7 +104,7 @@ class Metrics:
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(beside, path)
-        self._file = path.open("a")
+        self._file = LineFile(path)
         self._log_every = log_every
         self._max_steps = max_steps
         self._progress = make_progress()
@@ -152,8 +153,7 @@ class Metrics:
             "image_token_std": image_token_std,
             "samples_per_s": round(rate, 2),
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(row))
         if self._events is not None:
             for name, value in row.items():
                 if name != "step":

@@ -172,7 +172,7 @@ def cut(file: Path) -> None:
 def test_damage_in_any_file_sets_the_step_aside_and_the_one_before_is_restored(
     run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run.with_name("whole")
+    whole = run.with_name(f"{run.name}-whole")
     run.rename(whole)
     inside = [f.relative_to(whole) for f in (whole / "checkpoints" / "3").rglob("*") if f.is_file()]
     assert {"_CHECKPOINT_METADATA", "checksums.json"} <= {f.name for f in inside}
@@ -186,7 +186,8 @@ def test_damage_in_any_file_sets_the_step_aside_and_the_one_before_is_restored(
         said = capsys.readouterr().out
         assert f"{run / 'checkpoints' / '3'} is damaged: " in said
         assert f"kept as {run / 'checkpoints' / '3.corrupt'}; the run goes on from step 2." in said
-        assert file.relative_to("checkpoints/3").as_posix() in said
+        if file.name != "checksums.json":  # a bit in it speaks against the file it is about
+            assert file.relative_to("checkpoints/3").as_posix() in said
         assert names(run) == ["1", "2", "3.corrupt"]
         assert restore(run).step == 2
         assert capsys.readouterr().out == ""

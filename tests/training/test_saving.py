@@ -8,6 +8,7 @@ import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from minigpt4_jax import checkpoint
 from minigpt4_jax.config import UserError
 from minigpt4_jax.training import checkpoints as checkpoints_module
 from minigpt4_jax.training import saving
@@ -226,6 +228,7 @@ def test_too_many_failed_saves_in_a_row_stop_the_run_with_the_last_good_step(
 def test_a_last_save_that_fails_is_an_error_with_the_reason(tmp_path: Path) -> None:
     run = Run(tmp_path, save_every=3)
     run.take(3)
+    run.settle()
     with refusing_disk(), pytest.raises(UserError, match=r"step 4 could.*too large.*of step 3"):
         run.saver.save_last(4, make_state(4), data_state={}, meta={})
     run.checkpoints.close()
@@ -237,12 +240,9 @@ def test_a_disk_that_is_known_to_be_full_is_not_written_to(
 ) -> None:
     run = Run(tmp_path, save_every=2)
     run.take(2)
+    run.settle()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            checkpoints_module.require_room.__globals__["shutil"],
-            "disk_usage",
-            lambda _: type("Usage", (), {"free": 4000}),
-        )
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=4000))
         run.take(2)
     assert "MB free; a checkpoint needs" in capsys.readouterr().out
     run.take(1, seconds=60)

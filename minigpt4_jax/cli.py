@@ -192,6 +192,7 @@ def _train(args: argparse.Namespace) -> int:
     set_up_jax()
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
+    from minigpt4_jax.captioner import Captioner
     from minigpt4_jax.loading import load_frozen
     from minigpt4_jax.model_folder import find_preset
     from minigpt4_jax.training.loop import train
@@ -207,6 +208,7 @@ def _train(args: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),
+        caption=Captioner(config),
     )
     print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
     return 0

@@ -198,6 +198,7 @@ def _train(args: argparse.Namespace) -> int:
 def _train_here(config: TrainConfig) -> int:
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
+    from minigpt4_jax.captioner import Captioner
     from minigpt4_jax.loading import load_frozen
     from minigpt4_jax.model_folder import find_preset
     from minigpt4_jax.training.distributed import first_process_first, is_first_process
@@ -215,6 +216,7 @@ def _train_here(config: TrainConfig) -> int:
         tokenizer=tokenizer,
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),
+        caption=Captioner(config),
     )
     if is_first_process():
         print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")

@@ -1,8 +1,8 @@
 """The processes of one run, one a host: how they find each other, wait for each other, and end when one is lost.
 
 For: `run_beside_others` around a whole run, before anything touches a device; `first_process_first` around what writes
-a shared folder; `Agreement` and `of_all_processes` for what they must know of each other. Not for: meshes (`sharding.py`), which samples a process reads (`data/pipeline.py`), stopping together
-(`stopping.py`).
+a shared folder; `Agreement` and `of_all_processes` for what they must know of each other. Not for: meshes
+(`sharding.py`), which samples a process reads (`data/pipeline.py`), stopping together (`stopping.py`).
 
 What only process 0 does: the progress and the metrics (`metrics.py`), the checksums of a checkpoint
 (`checkpoints.py`; its arrays are written by all), the finished projection (`loop.py`), and "Done" (`cli.py`). What all

@@ -34,16 +34,20 @@ from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, make_model
 from minigpt4_jax.presets import Preset
 from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.training.account import Account
+from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.distributed import first_process_first, is_first_process
+from minigpt4_jax.training.held_out import Evaluate, make_eval_step, open_held_out
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import make_progress
 from minigpt4_jax.training.optimizer import make_optimizer
 from minigpt4_jax.training.state import Projection, TrainBatch, init_state
 from minigpt4_jax.training.step import make_train_step
-from minigpt4_jax.training.steps import TakeStep, run_steps
+from minigpt4_jax.training.steps import TakeStep, Watch, run_steps
 from minigpt4_jax.training.stopping import stop_after_step
+from minigpt4_jax.training.utilisation import make_speed
 from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
@@ -58,6 +62,7 @@ def train(
     tokenizer: Tokenizer,
     start: Projection | None,
     save_projection: Save,
+    caption: Caption | None = None,
 ) -> Projection:
     """Trains the projection and returns it. Called again with the same `workdir`, it goes on where it stopped.
 
@@ -65,6 +70,7 @@ def train(
         params: the frozen parameters (all but `llama_proj`) in the `DISK` layout, float32.
         start: the projection to start from when `config.init_projection` names a file (the entry point read it).
         save_projection: called with `<workdir>/projection.safetensors` when the last step is done.
+        caption: what the model says of pictures with the projection it is given, for `config.held_out`; None: nothing.
 
     Raises:
         UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
@@ -80,7 +86,10 @@ def train(
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     tx = make_optimizer(config.optimizer)
-    with TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints:
+    with (
+        Account(workdir) as account,
+        TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
+    ):
         # First of all: minutes of encoding for a run that is then refused would be in vain.
         meta = {"run": run_identity(config, frozen=params, start=start)}
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
@@ -106,18 +115,31 @@ def train(
                 )
                 # A copy: the step donates its state, and `start` is the caller's.
                 state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
-            take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
-            state, step = run_steps(
+            take_step, evaluate = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
+            held_out = open_held_out(
                 config,
-                state,
-                step,
-                take_step,
-                batches,
-                checkpoints,
-                parts=parts,
-                meta=meta,
-                stop=stop,
+                preset,
+                make_encoder(config, preset, tokenizer),
+                params,
+                vision=vision,
+                dtype=dtype,
+                evaluate=evaluate,
+                caption=caption,
             )
+            speed = make_speed(
+                preset.model,
+                batch_size=config.data.batch_size,
+                vision=not config.cache_features,
+            )
+            watch = Watch(account, speed, held_out)
+            account.begin("step")
+            try:
+                state, step = run_steps(
+                    config, state, step, take_step, batches, checkpoints, parts=parts, meta=meta, stop=stop, watch=watch
+                )  # fmt: skip
+            finally:
+                if is_first_process():
+                    print(account.summary(), flush=True)
     trained: Projection = jax.tree.map(np.asarray, state.projection)
     if is_first_process():
         save_projection(workdir / "projection.safetensors", trained)
@@ -140,8 +162,11 @@ def _make_step(
     params: Params,
     vision: Vision,
     dtype: Any,
-) -> TakeStep:
-    """The compiled step with everything that stays the same during a run; it consumes the state it is given."""
+) -> tuple[TakeStep, Evaluate]:
+    """The compiled step and the compiled loss with everything that stays the same during a run.
+
+    A step consumes the state that it is given.
+    """
     frozen = {
         "llama": jax.tree.map(
             lambda leaf: jnp.asarray(leaf, dtype),
@@ -150,19 +175,17 @@ def _make_step(
     }
     model = make_model(preset.model, layout=TRAIN, dtype=dtype)
     train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    return lambda state, batch: train_step(state, frozen, _to_device(batch, vision))
+    eval_step = jax.jit(make_eval_step(model))
+    return (
+        lambda state, batch: train_step(state, frozen, _to_device(batch, vision)),
+        lambda projection, batch, seen: eval_step(projection, frozen, _to_device(batch, seen)),
+    )
 
 
-def make_batches(
-    config: TrainConfig,
-    preset: Preset,
-    parts: Sequence[Part],
-    vision: Vision,
-    tokenizer: Tokenizer,
-) -> Pipeline:
-    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
+def make_encoder(config: TrainConfig, preset: Preset, tokenizer: Tokenizer) -> Encoder:
+    """What makes tokens of words, in the words of `config.data`.
 
-    Raises `UserError` for texts that do not fit, and for a pad token that would take the end symbol with it.
+    Raises `UserError` for a pad token that would take the end symbol with it.
     """
     data, template = config.data, get_template(config.data.template)
     end = end_symbol_pieces(data.end_sym, tokenizer) if data.end_sym else template.end_symbol
@@ -172,7 +195,7 @@ def make_batches(
             f"data.mask_pad_token is true and the tokenizer's pad token is part of the end symbol "
             f"{pieces_text(end)!r}; the model would never learn to stop. Set it to false."
         )
-    encoder = Encoder(
+    return Encoder(
         template,
         tokenizer,
         prompts=run_prompts(data) or (None,),
@@ -184,6 +207,20 @@ def make_batches(
         ignored_targets=ignored,
         truncate=data.truncate,
     )
+
+
+def make_batches(
+    config: TrainConfig,
+    preset: Preset,
+    parts: Sequence[Part],
+    vision: Vision,
+    tokenizer: Tokenizer,
+) -> Pipeline:
+    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
+
+    Raises `UserError` for texts that do not fit, and as `make_encoder`.
+    """
+    data, encoder = config.data, make_encoder(config, preset, tokenizer)
     batches = make_pipeline(
         parts,
         encoder,

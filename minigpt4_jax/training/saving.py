@@ -60,7 +60,7 @@ class Saver:
         self._agreement = Agreement() if jax.process_count() > 1 else None
 
     def wants_save(self, step: int) -> bool:
-        """Whether it is time to save `step`, as process 0 sees it: the others do as it says. Ask once for every step."""
+        """Whether it is time to save `step`, as process 0 sees it: the others do as it says. Ask once a step."""
         now = self._clock()
         self._due |= step % self._save_every == 0
         self._due |= 0 < self._every_s <= now - self._last_s

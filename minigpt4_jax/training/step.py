@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.minigpt4 import MiniGPT4, apply_method, make_positions
@@ -32,6 +32,8 @@ class StepNumbers(NamedTuple):
     image_token_std: Float[Array, ""]
     """Standard deviation of all numbers in the batch's image tokens. Far from that of the token embeddings (about 0.1),
     a frozen language model does not read them: the first thing to look at when a loss goes up."""
+    tokens: Int[Array, ""]
+    """Real tokens of the batch, over all devices: pictures and text without padding."""
 
 
 def answer_logits(
@@ -81,6 +83,7 @@ def make_train_step(
             loss=loss,
             grad_norm=optax.tree.norm(grads),
             image_token_std=jnp.std(image_embeds.astype(jnp.float32)),
+            tokens=jnp.sum(batch.attention_mask),
         )
         after = TrainState(step=state.step + 1, projection=projection, opt_state=opt_state)
         return _unless_broken(state, after, numbers), numbers

@@ -80,15 +80,20 @@ def make_vision(
     config: TrainConfig, preset: Preset, parts: Sequence[Part], params: Params, *, dtype: Any
 ) -> Vision:
     """As `config.cache_features` says. `dtype` is that of the tower in the loop; a cache is encoded in float32."""
-    pictures = PictureReader(
+    pictures = make_reader(config, preset)
+    if config.cache_features:
+        return CachedVision(prepare_features(config, preset, parts, params, pictures=pictures))
+    return PixelVision(preset, params, dtype=dtype, pictures=pictures)
+
+
+def make_reader(config: TrainConfig, preset: Preset) -> PictureReader:
+    """What decodes and preprocesses a picture of the run."""
+    return PictureReader(
         size=preset.model.vit.image_size,
         mean=preset.image_mean,
         std=preset.image_std,
         random_resized_crop=config.data.random_resized_crop,
     )
-    if config.cache_features:
-        return CachedVision(prepare_features(config, preset, parts, params, pictures=pictures))
-    return PixelVision(preset, params, dtype=dtype, pictures=pictures)
 
 
 def prepare_features(

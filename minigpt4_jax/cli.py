@@ -199,7 +199,7 @@ def _train_here(config: TrainConfig) -> int:
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
     from minigpt4_jax.captioner import Captioner
-    from minigpt4_jax.loading import load_frozen
+    from minigpt4_jax.loading import open_frozen
     from minigpt4_jax.model_folder import find_preset
     from minigpt4_jax.training.distributed import first_process_first, is_first_process
     from minigpt4_jax.training.loop import train
@@ -209,10 +209,10 @@ def _train_here(config: TrainConfig) -> int:
         start, _ = read_projection(Path(config.init_projection), find_preset(config.model).model)
     # `smol` is fetched and converted where it is not yet.
     with first_process_first("model"), tensor_bar() as progress:
-        params, tokenizer = load_frozen(config.model, progress=progress)
+        frozen, tokenizer = open_frozen(config.model, progress=progress)
     train(
         config,
-        params=params,
+        frozen=frozen,
         tokenizer=tokenizer,
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),

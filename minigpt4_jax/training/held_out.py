@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minigpt4_jax.config import UserError
@@ -27,13 +28,15 @@ from minigpt4_jax.data.encoding import Encoder
 from minigpt4_jax.data.faults import SampleFault
 from minigpt4_jax.data.pixels import PictureReader, open_picture
 from minigpt4_jax.data.sources import Example
-from minigpt4_jax.models.minigpt4 import MiniGPT4, Params
+from minigpt4_jax.models.minigpt4 import MiniGPT4
 from minigpt4_jax.presets import Preset
 from minigpt4_jax.train_config import HeldOutConfig, TrainConfig
 from minigpt4_jax.training.captions import Caption, Captions, Shown
+from minigpt4_jax.training.frozen import FrozenWeights
 from minigpt4_jax.training.identity import run_prompts
 from minigpt4_jax.training.loss import target_losses
 from minigpt4_jax.training.metrics import Metrics
+from minigpt4_jax.training.placement import batch_share
 from minigpt4_jax.training.state import Projection, TrainBatch
 from minigpt4_jax.training.step import Frozen, answer_logits
 from minigpt4_jax.training.vision import CachedVision, Vision, make_reader, make_vision
@@ -48,9 +51,10 @@ def open_held_out(
     config: TrainConfig,
     preset: Preset,
     encoder: Encoder,
-    params: Params,
+    frozen: FrozenWeights,
     *,
     vision: Vision,
+    mesh: Mesh,
     dtype: Any,
     evaluate: Evaluate,
     caption: Caption | None,
@@ -59,7 +63,7 @@ def open_held_out(
 
     Args:
         encoder: that of the run: the same template, prompts and limits.
-        params: the frozen parameters, for features of the pictures.
+        frozen: the frozen parameters, for features of the pictures.
         vision: that of the run; where it encodes pictures in the loop, these too.
         caption: see `captions.Caption`; None: no captions.
 
@@ -87,7 +91,7 @@ def open_held_out(
     )
     seen = dataclasses.replace(config, data=data)
     if isinstance(vision, CachedVision):
-        vision = make_vision(seen, preset, [picked.part], params, dtype=dtype)
+        vision = make_vision(seen, preset, [picked.part], frozen, mesh=mesh, dtype=dtype)
     pictures = None if isinstance(vision, CachedVision) else make_reader(seen, preset)
     captions = None
     if caption is not None and held_out.captions:
@@ -102,6 +106,7 @@ def open_held_out(
             batch_size=data.batch_size,
             length_multiple=data.length_multiple,
             pictures=pictures,
+            share=batch_share(mesh),
         ),
         evaluate=lambda projection, batch: evaluate(projection, batch, vision),
         captions=captions,
@@ -205,13 +210,19 @@ def pick_pictures(picked: Picked, count: int) -> list[Shown]:
 
 
 def make_held_out_batches(
-    picked: Picked, *, batch_size: int, length_multiple: int, pictures: PictureReader | None
+    picked: Picked,
+    *,
+    batch_size: int,
+    length_multiple: int,
+    pictures: PictureReader | None,
+    share: tuple[int, int] = (0, 1),
 ) -> Callable[[], list[Batch]]:
     """The samples in batches of one shape; rows that fill the last one up have no targets.
 
     Args:
         batch_size: rows over all processes; each process gets its share of them.
         pictures: decodes the pictures into `Batch["pixels"]`; None leaves them to the feature cache.
+        share: which part of a batch this process makes, and of how many.
     """
     source, size = picked.part.source, len(picked.tokens)
     filled = -(-size // batch_size) * batch_size
@@ -225,9 +236,9 @@ def make_held_out_batches(
     rng = np.random.default_rng(0)  # a held-out picture is never cropped
 
     def make_batch(first: int) -> Batch:
-        share = batch_size // jax.process_count()
-        begin = first + share * jax.process_index()
-        batch = Batch(**{name: rows[begin : begin + share] for name, rows in whole.items()})
+        size = batch_size // share[1]
+        begin = first + size * share[0]
+        batch = Batch(**{name: rows[begin : begin + size] for name, rows in whole.items()})
         if pictures is not None:
             read = {row: source.read_image(row) for row in set(batch["image_index"].tolist())}
             seen = {row: pictures(data, f"picture {row}", rng=rng) for row, data in read.items()}
@@ -277,7 +288,8 @@ class HeldOut:
         """Writes the loss, and what the model says of a few pictures, with the projection of after `step` steps."""
         loss, targets = self.loss(projection)
         if self._captions is not None and metrics.writes:
-            self._captions.write(step, projection, metrics)
+            here = jax.tree.map(np.asarray, projection)  # only this process asks the model
+            self._captions.write(step, here, metrics)
         # Last: its line says that the look is complete.
         metrics.write_held_out(step, loss=loss, samples=self._num_samples, tokens=targets)
 

@@ -1,6 +1,6 @@
 """A training run, from features to the finished projection. Reads top to bottom; all side effects of training are here.
 
-Not for: loading the frozen weights and the tokenizer (the entry point hands them in), or the arithmetic (`step.py`).
+Not for: finding the frozen weights and the tokenizer (the entry point hands them in), or the arithmetic (`step.py`).
 Differs from the original: a run resumes at the very step and sample where it stopped, not at an epoch.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.batches import Batch
@@ -30,21 +30,24 @@ from minigpt4_jax.data.prompts import (
 )
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.model_folder import find_preset
-from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
-from minigpt4_jax.models.minigpt4 import Params, make_model
+from minigpt4_jax.models.layout import TRAIN
+from minigpt4_jax.models.minigpt4 import make_model
 from minigpt4_jax.presets import Preset
-from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.sharding import make_shardings, replicated
+from minigpt4_jax.train_config import DataConfig, TrainConfig
 from minigpt4_jax.training.account import Account
 from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.distributed import first_process_first, is_first_process
-from minigpt4_jax.training.held_out import Evaluate, make_eval_step, open_held_out
+from minigpt4_jax.training.frozen import FrozenWeights
+from minigpt4_jax.training.held_out import Evaluate, LossSum, make_eval_step, open_held_out
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import make_progress
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.state import Projection, TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.placement import agree, batch_share, choose_mesh, place_rows
+from minigpt4_jax.training.program import TrainPrograms, abstract_state, start_state
+from minigpt4_jax.training.state import Projection, TrainBatch
 from minigpt4_jax.training.steps import TakeStep, Watch, run_steps
 from minigpt4_jax.training.stopping import stop_after_step
 from minigpt4_jax.training.utilisation import make_speed
@@ -58,7 +61,7 @@ Save = Callable[[Path, Projection], None]
 def train(
     config: TrainConfig,
     *,
-    params: Params,
+    frozen: FrozenWeights,
     tokenizer: Tokenizer,
     start: Projection | None,
     save_projection: Save,
@@ -67,13 +70,14 @@ def train(
     """Trains the projection and returns it. Called again with the same `workdir`, it goes on where it stopped.
 
     Args:
-        params: the frozen parameters (all but `llama_proj`) in the `DISK` layout, float32.
+        frozen: the frozen parameters (all but `llama_proj`), read when and where they are needed.
         start: the projection to start from when `config.init_projection` names a file (the entry point read it).
         save_projection: called with `<workdir>/projection.safetensors` when the last step is done.
         caption: what the model says of pictures with the projection it is given, for `config.held_out`; None: nothing.
 
     Raises:
-        UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
+        UserError: no workdir, a broken data folder, a batch that the devices cannot share, or a checkpoint of another
+            run in `workdir`.
         Stopped: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
     if not config.workdir or not config.data.all_sources():
@@ -91,37 +95,40 @@ def train(
         TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
     ):
         # First of all: minutes of encoding for a run that is then refused would be in vain.
-        meta = {"run": run_identity(config, frozen=params, start=start)}
+        meta = {"run": run_identity(config, frozen=frozen.fingerprints(), start=start)}
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
-        parts = _open_sources(config)
         dtype = _frozen_dtype(config.dtype)
+        mesh, reason = choose_mesh(config, preset.model, dtype=dtype)
+        if is_first_process():
+            print(reason, flush=True)
+        parts = _open_sources(config)
         with first_process_first("features"):
-            vision = make_vision(config, preset, parts, params, dtype=dtype)
+            vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
         with (
-            make_batches(config, preset, parts, vision, tokenizer) as batches,
+            make_batches(
+                config, preset, parts, vision, tokenizer, share=batch_share(mesh)
+            ) as batches,
             stop_after_step() as stop,
         ):
-            shape = (preset.model.projection_in, preset.model.llama.width)
-            blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
-            restored = checkpoints.restore_latest(
-                jax.eval_shape(lambda p: init_state(p, tx), blank)
-            )
+            restored = checkpoints.restore_latest(abstract_state(preset.model, tx, mesh=mesh))
             if restored is not None:
                 batches.set_state(restored.data_state)
                 state, step = restored.state, restored.step
             else:
                 projection = start or _initial_projection(
-                    config, preset, parts, vision, tokenizer, params
+                    config, preset, parts, vision, tokenizer, frozen
                 )
-                # A copy: the step donates its state, and `start` is the caller's.
-                state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
-            take_step, evaluate = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
+                state, step = start_state(agree(projection), tx, mesh=mesh), 0
+            take_step, evaluate = _make_step(
+                config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype
+            )
             held_out = open_held_out(
                 config,
                 preset,
                 make_encoder(config, preset, tokenizer),
-                params,
+                frozen,
                 vision=vision,
+                mesh=mesh,
                 dtype=dtype,
                 evaluate=evaluate,
                 caption=caption,
@@ -156,30 +163,46 @@ def _open_sources(config: TrainConfig) -> list[Part]:
 
 
 def _make_step(
+    config: TrainConfig,
     preset: Preset,
-    tx: optax.GradientTransformationExtraArgs,
+    frozen: FrozenWeights,
     *,
-    params: Params,
     vision: Vision,
+    mesh: Mesh,
     dtype: Any,
 ) -> tuple[TakeStep, Evaluate]:
     """The compiled step and the compiled loss with everything that stays the same during a run.
 
     A step consumes the state that it is given.
     """
-    frozen = {
-        "llama": jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, dtype),
-            convert_layout(params["llama"], DISK, TRAIN, llama=preset.model.llama),
-        )
-    }
-    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
-    train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    eval_step = jax.jit(make_eval_step(model))
-    return (
-        lambda state, batch: train_step(state, frozen, _to_device(batch, vision)),
-        lambda projection, batch, seen: eval_step(projection, frozen, _to_device(batch, seen)),
+    programs = TrainPrograms(
+        preset.model, config.optimizer, mesh=mesh, remat=config.remat, dtype=dtype
     )
+    shapes = _batch_shapes(config.data)
+    with make_progress(quiet=not shapes) as progress:
+        task = progress.add_task("compiling", total=len(shapes), numbers="")
+        programs.compile_ahead(
+            shapes,
+            batch_size=config.data.batch_size,
+            advance=lambda: progress.advance(task),
+        )
+    llama = frozen.load(
+        ("llama",), layout=TRAIN, dtype=dtype, place=lambda tree: make_shardings(mesh, tree)
+    )
+    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
+    eval_step = jax.jit(make_eval_step(model), out_shardings=replicated(mesh))
+
+    def evaluate(projection: Projection, batch: Batch, seen: Vision) -> LossSum:
+        with jax.set_mesh(mesh):
+            return eval_step(projection, llama, _to_device(batch, seen, mesh))
+
+    return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh)), evaluate
+
+
+def _batch_shapes(data: DataConfig) -> list[tuple[int, int]]:
+    """Every (length, targets) that batches will have; none where `data.length_buckets` does not say."""
+    targets = -(-data.max_text_len // data.length_multiple) * data.length_multiple
+    return [(length, targets) for length in data.length_buckets]
 
 
 def make_encoder(config: TrainConfig, preset: Preset, tokenizer: Tokenizer) -> Encoder:
@@ -215,6 +238,8 @@ def make_batches(
     parts: Sequence[Part],
     vision: Vision,
     tokenizer: Tokenizer,
+    *,
+    share: tuple[int, int] = (0, 1),
 ) -> Pipeline:
     """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
 
@@ -229,8 +254,8 @@ def make_batches(
         length_multiple=data.length_multiple,
         length_buckets=data.length_buckets,
         bucket_window=data.bucket_window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
         max_corrupt_share=data.max_corrupt_share,
         pictures=vision.pictures,
         bad_images=vision.bad_images,
@@ -252,9 +277,9 @@ def _initial_projection(
     parts: Sequence[Part],
     vision: Vision,
     tokenizer: Tokenizer,
-    params: Params,
+    frozen: FrozenWeights,
 ) -> Projection:
-    embedding = np.asarray(params["llama"]["embed_tokens"]["embedding"], np.float32)
+    embedding = np.asarray(frozen.read("llama/embed_tokens/embedding"), np.float32)
     if config.init_projection == "random":
         key = jax.random.key(config.seed)
         return random_projection(preset.model, key, embed_std=float(embedding.std()))
@@ -284,12 +309,12 @@ def _frozen_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
+def _to_device(batch: Batch, vision: Vision, mesh: Mesh) -> TrainBatch:
     return TrainBatch(
-        token_ids=jnp.asarray(batch["token_ids"]),
-        attention_mask=jnp.asarray(batch["attention_mask"]),
-        target_positions=jnp.asarray(batch["target_positions"]),
-        target_ids=jnp.asarray(batch["target_ids"]),
-        target_mask=jnp.asarray(batch["target_mask"]),
+        token_ids=place_rows(batch["token_ids"], mesh),
+        attention_mask=place_rows(batch["attention_mask"], mesh),
+        target_positions=place_rows(batch["target_positions"], mesh),
+        target_ids=place_rows(batch["target_ids"], mesh),
+        target_mask=place_rows(batch["target_mask"], mesh),
         features=vision.features_of(batch),
     )

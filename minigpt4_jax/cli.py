@@ -190,7 +190,7 @@ def _train(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     set_up_jax()
-    from minigpt4_jax.training.distributed import run_beside_others
+    from minigpt4_jax.training.together import run_beside_others
 
     return run_beside_others(lambda: _train_here(config), config=config.distributed)
 
@@ -201,8 +201,9 @@ def _train_here(config: TrainConfig) -> int:
     from minigpt4_jax.captioner import Captioner
     from minigpt4_jax.loading import open_frozen
     from minigpt4_jax.model_folder import find_preset
-    from minigpt4_jax.training.distributed import first_process_first, is_first_process
+    from minigpt4_jax.training.distributed import is_first_process
     from minigpt4_jax.training.loop import train
+    from minigpt4_jax.training.together import first_process_first
 
     start = None
     if config.init_projection not in ("ridge", "random"):

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -34,10 +35,13 @@ from minigpt4_jax.checkpoint import (
 )
 from minigpt4_jax.checksums import add_late_checksums, write_checksums
 from minigpt4_jax.config import UserError
+from minigpt4_jax.exits import Stopped
 from minigpt4_jax.training.quarantine import Damage, newest_whole_step, set_aside
 
 _log = logging.getLogger(__name__)
 _NO_STEP, _REFUSED = -1, -2
+LAST_SAVE_S = 10.0
+"""That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
 _T = TypeVar("_T")
 
 
@@ -104,6 +108,10 @@ class TrainCheckpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and jax.process_count() > 1 and not isinstance(error, Stopped):
+            # Closing waits for all processes, and the others need not be on their way here.
+            self._let_finish(LAST_SAVE_S)
+            return
         try:
             self.close()
         except CheckpointError as failed:
@@ -250,6 +258,12 @@ class TrainCheckpoints:
             )
         meta: dict[str, Any] = found["meta"]
         return meta
+
+    def _let_finish(self, limit_s: float) -> None:
+        """Gives a save that is on its way some time."""
+        end_s = time.monotonic() + limit_s
+        while self.busy and time.monotonic() < end_s:
+            time.sleep(0.05)
 
     @property
     def busy(self) -> bool:

@@ -1,55 +1,31 @@
-"""The processes of one run, one a host: how they find each other, wait for each other, and end when one is lost.
+"""The processes of one run, one a host: how they are found, and how they meet.
 
-For: `run_beside_others` around a whole run, before anything touches a device; `first_process_first` around what writes
-a shared folder; `Agreement` and `of_all_processes` for what they must know of each other. Not for: meshes
-(`sharding.py`), which samples a process reads (`data/pipeline.py`), stopping together (`stopping.py`).
-
-What only process 0 does: the progress and the metrics (`metrics.py`), the checksums of a checkpoint
-(`checkpoints.py`; its arrays are written by all), the finished projection (`loop.py`), and "Done" (`cli.py`). What all
-do: read the frozen weights and their share of the samples, and say what goes wrong, with their number in front.
+For: `start_processes` before anything touches a device. Not for: what they do together afterwards (`together.py`),
+meshes (`sharding.py`), which samples a process reads (`data/pipeline.py`).
 
 Differs from the original, whose `init_distributed_mode` reads torchrun's environment and waits without a word.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.exits import PROBLEM, PeerLost, Stopped, run_command
-from minigpt4_jax.sharding import one_for_each_device
 from minigpt4_jax.train_config import DistributedConfig
 
 FIRST_WORD_S, MOST_WORDS_S = 3.0, 30.0
 """A process that waits says so after 3 s, and then at growing distances of up to 30 s."""
-TEXT_MULTIPLE = 4096
-"""Bytes; texts between processes are padded up to a multiple, so that a run compiles their exchange once."""
-DAY_MS = 24 * 3600 * 1000
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 """What `srun` gives each of its tasks; JAX asks for the same five (jax/_src/clusters/slurm_cluster.py)."""
 MEGASCALE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 """Of several TPU slices. Left behind by a preempted job in part, they make JAX wait for machines that are gone."""
-LOST = re.compile(
-    "gloo|nccl|connection (reset|refused|closed)|socket closed|broken pipe|heartbeat|coordination|barrier|"
-    "unavailable|deadline_exceeded|remote process",
-    re.IGNORECASE,
-)
-"""What errors of JAX say when another process is gone: the collectives' own words, and the coordination service's."""
 
 
 class Found(NamedTuple):
@@ -220,108 +196,11 @@ def _meet(found: Found, *, timeout_s: int) -> None:
         f"{found.where}; expected all of them within distributed.timeout_s={timeout_s}. Start the same command on "
         f"every host, see that all can reach {found.where}, or raise distributed.timeout_s. To run alone on this host, "
         "set distributed.coordinator=localhost:0 distributed.num_processes=1 distributed.process_id=0. What happened: "
-        f"{_first_lines(error)}"
+        f"{first_lines(error)}"
     ) from error
 
 
-@contextlib.contextmanager
-def first_process_first(name: str) -> Iterator[None]:
-    """The block in process 0, and when that is through it in all others: for files that one makes and all read.
-
-    `name` may be used once in a run. Nothing but a process's death ends the waiting: the block may take hours.
-    """
-    wait = None if jax.process_count() == 1 else ocp.multihost.get_barrier_sync_fn()
-    if wait is not None and not is_first_process():
-        wait(key=name, timeout_ms=DAY_MS)
-    yield
-    if wait is not None and is_first_process():
-        wait(key=name, timeout_ms=DAY_MS)
-
-
-class Agreement:
-    """What processes decide together after every step: the largest number that any of them gave, one call later.
-
-    Each puts its number beside those of the others and takes the maximum on the devices, behind the step that runs
-    there; it is read at the next call, when it is long there. So no step waits for it, and all read the same.
-    """
-
-    def __init__(self) -> None:
-        self._side_by_side, everywhere = one_for_each_device(jax.devices())
-        self._max = jax.jit(jnp.max, out_shardings=everywhere)
-        self._before: jax.Array | None = None
-
-    def after(self, number: int) -> int:
-        """Gives `number`, returns the largest of the call before: 0 at the first call. Waits for no other process."""
-        mine = np.full(jax.local_device_count(), number, np.int32)
-        together = jax.make_array_from_process_local_data(self._side_by_side, mine)
-        before, self._before = self._before, self._max(together)
-        return 0 if before is None else int(before)
-
-
-def of_all_processes(value: Any) -> list[Any]:
-    """A JSON-like value of every process, in their order. All processes of a run must call it."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(len(text), np.int32))
-    padded = np.zeros(-(-sizes.max() // TEXT_MULTIPLE) * TEXT_MULTIPLE, np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
-
-
-def run_beside_others(command: Callable[[], int], *, config: DistributedConfig) -> int:
-    """Meets the others and runs `command`; says with this process's number what went wrong, and returns the exit code.
-
-    Alone it is just `command`. Beside others a process that fails ends here and now: at Python's end JAX waits for all
-    processes of the run, and they would wait for this one in the middle of a step.
-    """
-    try:
-        start_processes(config)
-    except UserError as error:
-        print(f"minigpt4: {error}", file=sys.stderr)
-        _leave(PROBLEM)
-    if not jax.distributed.is_initialized():
-        return command()
-    me = f"process {jax.process_index()} of {jax.process_count()}"
-    together = True
-
-    def watched() -> int:
-        nonlocal together
-        try:
-            return command()
-        except jax.errors.JaxRuntimeError as error:
-            together = False
-            if not LOST.search(str(error)):
-                raise
-            raise PeerLost(
-                f"Another process of the run died or cannot be reached; expected all {jax.process_count()} to its end. "
-                "Its own output says why. Start all of them again: the run goes on at its last checkpoint. JAX says: "
-                f"{_first_lines(error)}"
-            ) from error
-        except BaseException as error:
-            together = isinstance(error, Stopped)
-            raise
-
-    try:
-        code = run_command(
-            watched, say=lambda text: print(f"minigpt4 ({me}): {text}", file=sys.stderr)
-        )
-    except (
-        BaseException
-    ):  # a mistake of this project: its traceback, but no waiting for the others either
-        print(f"minigpt4 ({me}):\n{traceback.format_exc()}", file=sys.stderr)
-        _leave(1)
-    return code if together else _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _first_lines(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
     """What an error of JAX says, without the pages that can follow."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]} ..."

@@ -38,7 +38,7 @@ from minigpt4_jax.train_config import DataConfig, TrainConfig
 from minigpt4_jax.training.account import Account
 from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
-from minigpt4_jax.training.distributed import first_process_first, is_first_process
+from minigpt4_jax.training.distributed import is_first_process
 from minigpt4_jax.training.frozen import FrozenWeights
 from minigpt4_jax.training.held_out import Evaluate, LossSum, make_eval_step, open_held_out
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
@@ -50,6 +50,7 @@ from minigpt4_jax.training.program import TrainPrograms, abstract_state, start_s
 from minigpt4_jax.training.state import Projection, TrainBatch
 from minigpt4_jax.training.steps import TakeStep, Watch, run_steps
 from minigpt4_jax.training.stopping import stop_after_step
+from minigpt4_jax.training.together import first_process_first
 from minigpt4_jax.training.utilisation import make_speed
 from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 

@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.config import UserError
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
-from minigpt4_jax.training.distributed import Agreement, is_first_process
+from minigpt4_jax.training.distributed import is_first_process
 from minigpt4_jax.training.state import TrainState
+from minigpt4_jax.training.together import Agreement
 
 RETRY_S = 60.0
 """After the first failed save; twice as long after each further one."""

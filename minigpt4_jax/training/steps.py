@@ -19,7 +19,6 @@ from minigpt4_jax.exits import Stopped
 from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.account import Account
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
-from minigpt4_jax.training.distributed import of_all_processes
 from minigpt4_jax.training.held_out import HeldOut
 from minigpt4_jax.training.metrics import Metrics, Speed, StepSize
 from minigpt4_jax.training.nonfinite import require_finite
@@ -29,6 +28,7 @@ from minigpt4_jax.training.saving import Saver
 from minigpt4_jax.training.state import TrainState
 from minigpt4_jax.training.step import StepNumbers
 from minigpt4_jax.training.stopping import Stop
+from minigpt4_jax.training.together import of_all_processes
 from minigpt4_jax.training.watchdog import Watchdog
 
 TakeStep = Callable[[TrainState, Batch], tuple[TrainState, StepNumbers]]

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the step that is running is finished and saved, by all processes of a run the same one.
 
 A signal reaches one process; whether to stop is decided together, after every step, one step later (see
-`distributed.Agreement`). (JAX's own `reached_preemption_sync_point` knows SIGTERM only,
+`together.Agreement`). (JAX's own `reached_preemption_sync_point` knows SIGTERM only,
 and keeps a handler of its own for it from the start, which leaves a process that is still loading deaf.)
 
 Not for: saving (`checkpoints.py`), which code a command ends with (`exits.py`).
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from minigpt4_jax.exits import INTERRUPTED, PREEMPTED
-from minigpt4_jax.training.distributed import Agreement
+from minigpt4_jax.training.together import Agreement
 
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 """What a run ends with that a signal stopped. Of two, the larger counts: a person's Ctrl-C."""

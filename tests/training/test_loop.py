@@ -13,7 +13,7 @@ import pytest
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.data.tokenizer import byte_tokenizer
-from minigpt4_jax.training import loop, program, steps
+from minigpt4_jax.training import loop, program
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import Metrics, read_metrics
 from tests.training.conftest import hold

@@ -230,9 +230,11 @@ class DistributedConfig:
     """From 0."""
     timeout_s: int = 300
     """How long a process waits for the others before it gives up with an error."""
+    heartbeat_s: int = 100
+    """A process that was silent for so long counts as dead, and all others end."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "timeout_s")
+        require_positive(self, "timeout_s", "heartbeat_s")
         given = (bool(self.coordinator), self.num_processes > 0, self.process_id >= 0)
         if any(given) and not all(given):
             raise UserError(

@@ -59,7 +59,7 @@ def start_processes(config: DistributedConfig) -> None:
         return
     # Its handler of SIGTERM would take the place of ours, and be deaf before the first step (see stopping.py).
     jax.config.update("jax_enable_preemption_service", False)
-    _meet(found, timeout_s=config.timeout_s)
+    _meet(found, timeout_s=config.timeout_s, heartbeat_s=config.heartbeat_s)
     print(
         f"Process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} of "
         f"{jax.device_count()} devices; found by {found.why}.",
@@ -156,7 +156,7 @@ def _kubernetes(environment: Mapping[str, str]) -> Found:
     )
 
 
-def _meet(found: Found, *, timeout_s: int) -> None:
+def _meet(found: Found, *, timeout_s: int, heartbeat_s: int) -> None:
     """Calls `jax.distributed.initialize`, says now and then that it waits, and raises `UserError` when it is too long.
 
     In a thread, and with a longer time for JAX: when its own is over, it aborts the process from C++.
@@ -165,7 +165,11 @@ def _meet(found: Found, *, timeout_s: int) -> None:
 
     def initialize() -> None:
         try:
-            jax.distributed.initialize(initialization_timeout=2 * timeout_s, **found.arguments)
+            jax.distributed.initialize(
+                initialization_timeout=2 * timeout_s,
+                heartbeat_timeout_seconds=heartbeat_s,
+                **found.arguments,
+            )
         except Exception as error:  # raised again below, in the thread that waits for this one
             outcome.append(error)
         else:

@@ -10,8 +10,9 @@ do: read the frozen weights and their share of the samples, and say what goes wr
 
 A process that fails says why, tells the others through JAX's coordination service, and leaves at once: at Python's end
 JAX waits for all processes of a run, and they would wait for this one in the middle of a step. Of one that is killed
-the others learn by an error of the collectives (gloo, NCCL) or when its heartbeat is missing, after 100 s; then, and
-when process 0 is gone, which holds the service, JAX ends them itself (SIGABRT) and says that another task died.
+the others learn by an error of the collectives (gloo, NCCL), or when its heartbeat is missing for
+`distributed.heartbeat_s`: a TPU, and a CPU with several devices, waits until then. Then, and when process 0 is gone,
+which holds the service, JAX ends them itself (SIGABRT) and says that another task died.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ class _Others:
         self._listener.join()
 
     def _listen(self) -> None:
-        while not self._over.wait(LISTEN_S):  # never blocked in the client: Python could not end then
+        while not self._over.wait(
+            LISTEN_S
+        ):  # never blocked in the client: Python could not end then
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything
                 why = self._client.key_value_try_get(FAREWELL)
                 if why.startswith(f"{self._me} "):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file
 
 from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.data.tokenizer import byte_tokenizer
@@ -32,6 +33,7 @@ from tests.tiny_folder import write_folder
 ROOT = Path(__file__).parents[2]
 DEVICES = 2
 """Of each process."""
+HEARTBEAT_S = 10
 STUCK_S = 120.0
 """A run that takes longer hangs."""
 
@@ -139,7 +141,7 @@ def start(
     for number in range(count) if only is None else [only]:
         together = [
             f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}",
-            f"distributed.process_id={number}",
+            f"distributed.process_id={number}", f"distributed.heartbeat_s={HEARTBEAT_S}",
         ]  # fmt: skip
         run.logs.append(workdir.parent / f"{workdir.name}.{attempt}.{number}.log")
         config = workdir.parent / "empty.yaml"
@@ -204,7 +206,8 @@ def saved_steps(workdir: Path) -> list[int]:
     )
 
 
-def projections(*workdirs: Path) -> Iterator[bytes]:
-    """The finished projections, as they lie on the disk."""
+def projections(*workdirs: Path) -> Iterator[dict[str, bytes]]:
+    """The finished projections, to the bit."""
     for workdir in workdirs:
-        yield (workdir / "projection.safetensors").read_bytes()
+        arrays = load_file(workdir / "projection.safetensors")
+        yield {name: array.tobytes() for name, array in arrays.items()}

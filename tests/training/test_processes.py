@@ -86,8 +86,10 @@ def test_after_kill_9_of_one_the_other_ends_and_the_restarted_run_is_the_same_bi
         run.wait_for_step(14)
         run.signal(1, signal.SIGKILL)
         survivor, killed = run.codes()
-        assert (survivor, killed) == (PEER_LOST, -signal.SIGKILL), run.everything()
-        assert "minigpt4 (process 0 of 2): Another process of the run died" in run.said(0)
+        assert killed == -signal.SIGKILL
+        # By an error of the exchange, or by JAX, to which a heartbeat is missing.
+        assert survivor in (PEER_LOST, -signal.SIGABRT), run.everything()
+        assert re.search("Another process of the run died|another task died", run.said(0))
     assert max(losses(workdir)) < STEPS
     assert saved_steps(workdir)[-1] >= 10
     with inputs.start(workdir) as run:
@@ -132,7 +134,11 @@ def test_a_process_with_a_problem_of_its_own_does_not_leave_the_other_waiting(
         codes = run.codes()
         assert codes[number] == PROBLEM, run.everything()
         assert f"minigpt4 (process {number} of 2): Cannot read nowhere" in run.said(number)
-        assert codes[1 - number] not in (0, PREEMPTED), run.everything()
+        assert codes[1 - number] == PEER_LOST, run.everything()
+        said = (
+            f"minigpt4 (process {1 - number} of 2): process {number} of 2 ended with 2: Cannot read"
+        )
+        assert said in run.said(1 - number)
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -126,30 +126,36 @@ def test_a_signal_to_one_stops_both_after_one_step_and_any_number_of_processes_g
     np.testing.assert_allclose(values(workdir), values(whole), rtol=SAME, atol=0)
 
 
-@pytest.mark.parametrize("number", [0, 1])
 def test_a_process_with_a_problem_of_its_own_does_not_leave_the_other_waiting(
-    number: int, inputs: Inputs, tmp_path: Path
+    inputs: Inputs, tmp_path: Path
 ) -> None:
-    with inputs.start(tmp_path / "run", besides={number: ["data.folder=nowhere"]}) as run:
-        codes = run.codes()
-        assert codes[number] == PROBLEM, run.everything()
-        assert f"minigpt4 (process {number} of 2): Cannot read nowhere" in run.said(number)
-        assert codes[1 - number] == PEER_LOST, run.everything()
-        said = (
-            f"minigpt4 (process {1 - number} of 2): process {number} of 2 ended with 2: Cannot read"
-        )
-        assert said in run.said(1 - number)
+    wrong = ["data.folder=nowhere"]
+    with (
+        inputs.start(tmp_path / "a", besides={0: wrong}) as first,
+        inputs.start(tmp_path / "b", besides={1: wrong}) as second,
+    ):
+        for number, run in enumerate((first, second)):
+            codes, other = run.codes(), 1 - number
+            assert (codes[number], codes[other]) == (PROBLEM, PEER_LOST), run.everything()
+            assert f"minigpt4 (process {number} of 2): Cannot read nowhere" in run.said(number)
+            assert (
+                f"minigpt4 (process {other} of 2): process {number} of 2 ended with 2: Cannot read"
+                in run.said(other)
+            )
 
 
-@pytest.mark.parametrize("number", [0, 1])
 def test_a_process_alone_says_for_whom_it_waits_and_gives_up(
-    number: int, inputs: Inputs, tmp_path: Path
+    inputs: Inputs, tmp_path: Path
 ) -> None:
-    with inputs.start(tmp_path / "run", "distributed.timeout_s=5", only=number) as run:
-        assert run.codes() == [PROBLEM], run.everything()
-        said = run.said(number=0)
-    assert f"Process {number} of 2 waits for the others at 127.0.0.1:" in said
-    assert "gives up after 5 s" in said
-    assert f"minigpt4: This is process {number} of 2" in said
-    assert "distributed.timeout_s=5" in said
-    assert "Traceback" not in said
+    with (
+        inputs.start(tmp_path / "a", "distributed.timeout_s=5", only=0) as first,
+        inputs.start(tmp_path / "b", "distributed.timeout_s=5", only=1) as second,
+    ):
+        for number, run in enumerate((first, second)):
+            assert run.codes() == [PROBLEM], run.everything()
+            said = run.said(0)
+            assert f"Process {number} of 2 waits for the others at 127.0.0.1:" in said
+            assert "gives up after 5 s" in said
+            assert f"minigpt4: This is process {number} of 2" in said
+            assert "distributed.timeout_s=5" in said
+            assert "Traceback" not in said

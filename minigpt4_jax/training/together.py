@@ -130,9 +130,8 @@ def run_beside_others(command: Callable[[], int], *, config: DistributedConfig) 
 
     try:
         code = run_command(watched, say=others.say)
-    except (
-        BaseException
-    ):  # a mistake of this project: its traceback, but no waiting for the others either
+    # A mistake of this project: its traceback, but no waiting for the others either.
+    except BaseException:
         others.say(f"\n{traceback.format_exc()}")
         code = 1
     if not together:
@@ -174,8 +173,8 @@ class _Others:
         """Tells the others why this process ends, and ends it. Process 0 stays until they have heard."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or is gone
             self._client.key_value_set(FAREWELL, f"{self._me} ended with {code}: {self._said}")
-            if is_first_process():
-                time.sleep(GRACE_S + 1)
+        if is_first_process():  # JAX ends the others as soon as this one is gone
+            time.sleep(GRACE_S + 1)
         _end(code)
 
     def close(self) -> None:
@@ -184,14 +183,14 @@ class _Others:
         self._listener.join()
 
     def _listen(self) -> None:
-        while not self._over.wait(
-            LISTEN_S
-        ):  # never blocked in the client: Python could not end then
+        grace_s = GRACE_S + is_first_process()
+        # Never blocked in the client: Python could not end then.
+        while not self._over.wait(LISTEN_S):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has said anything
                 why = self._client.key_value_try_get(FAREWELL)
                 if why.startswith(f"{self._me} "):
                     return
-                time.sleep(GRACE_S)
+                time.sleep(grace_s)
                 self.say(f"{why}\nStart all of them again: the run goes on at its last checkpoint.")
                 _end(PEER_LOST)
 

@@ -25,11 +25,11 @@ import numpy as np
 from measuring import THREADS, TOLERANCE, Row, require_agreement, whole_call
 
 from convert.projection import read_projection
-from minigpt4_jax.config import OptimizerConfig
 from minigpt4_jax.loading import load_frozen, shipped_projection
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
+from minigpt4_jax.train_config import OptimizerConfig
 from minigpt4_jax.training.optimizer import make_optimizer
 from minigpt4_jax.training.state import TrainBatch, init_state
 from minigpt4_jax.training.step import make_train_step

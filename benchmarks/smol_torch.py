@@ -18,8 +18,9 @@ import torch
 import transformers
 from measuring import until_stop
 
-from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, OptimizerConfig
+from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from minigpt4_jax.models.minigpt4 import Params
+from minigpt4_jax.train_config import OptimizerConfig
 
 COMPILED = "static, compiled"
 """The static cache, and steps through `torch.compile`; needs a C++ compiler on a CPU."""

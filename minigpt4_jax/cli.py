@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.cli_caption import add_caption
 from minigpt4_jax.cli_options import add_model_options, load_model, set_up_jax, typed_generation
-from minigpt4_jax.config import TrainConfig, UserError
+from minigpt4_jax.config import UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
+from minigpt4_jax.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from minigpt4_jax.api import Chat

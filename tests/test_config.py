@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
-from minigpt4_jax.config import ModelConfig, TrainConfig, UserError
+from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.presets import PRESETS
+from minigpt4_jax.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

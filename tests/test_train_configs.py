@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from minigpt4_jax.config import SourceConfig, TrainConfig
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.prompts import load_prompts
 from minigpt4_jax.presets import get_preset
+from minigpt4_jax.train_config import SourceConfig, TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "configs" / "train"
 RUNS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from minigpt4_jax.config import DataConfig, SourceConfig, UserError
+from minigpt4_jax.config import UserError
 from minigpt4_jax.data.array_records import ArrayRecordSource, TfdsSource
 from minigpt4_jax.data.captions import as_it_is, get_processor
 from minigpt4_jax.data.faults import TRAINING_SETTING, require_share
@@ -17,6 +17,7 @@ from minigpt4_jax.data.jsonl import Jsonl
 from minigpt4_jax.data.sources import CcSbuAlign, Source
 from minigpt4_jax.data.tar_index import ORDER
 from minigpt4_jax.data.tar_shards import TarShards
+from minigpt4_jax.train_config import DataConfig, SourceConfig
 
 Progress = Callable[[int, int], None]
 

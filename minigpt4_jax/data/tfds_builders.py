@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt4_jax.config import DataConfig, UserError
+from minigpt4_jax.config import UserError
 from minigpt4_jax.data.array_records import NEEDS
 from minigpt4_jax.data.datasets import require_intact
 from minigpt4_jax.data.faults import Fault, FaultCount, SampleFault, describe
 from minigpt4_jax.data.sources import CcSbuAlign, Source
 from minigpt4_jax.data.tar_shards import TarShards
+from minigpt4_jax.train_config import DataConfig
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

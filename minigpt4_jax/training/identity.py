@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from minigpt4_jax.checkpoint import leaf_names
-from minigpt4_jax.config import DataConfig, TrainConfig, UserError
+from minigpt4_jax.config import UserError
 from minigpt4_jax.data.prompts import load_prompts
+from minigpt4_jax.train_config import DataConfig, TrainConfig
 from minigpt4_jax.training.state import Projection
 
 FREE_SETTINGS = (
-    "workdir", "feature_cache", "licence", "attribution", "save_every", "log_every", "max_to_keep", "tensorboard"
+    "workdir", "feature_cache", "licence", "attribution", "tensorboard", "mesh", "distributed", "remat", "held_out",
+    "profile", "save_every", "save_every_minutes", "max_failed_saves", "log_every", "max_to_keep", "watchdog_s",
 )  # fmt: skip
 """Settings that may change when a run is resumed: no number depends on them."""
 FREE_DATA_SETTINGS = ("max_corrupt_share", "num_threads")

@@ -7,9 +7,7 @@ Differs from the original: a run resumes at the very step and sample where it st
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from minigpt4_jax.config import TrainConfig, UserError
+from minigpt4_jax.config import UserError
 from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.datasets import Part, image_offsets, open_sources
 from minigpt4_jax.data.encoding import Encoder
@@ -35,19 +33,21 @@ from minigpt4_jax.model_folder import find_preset
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, make_model
 from minigpt4_jax.presets import Preset
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
-from minigpt4_jax.training.metrics import Metrics, make_progress
-from minigpt4_jax.training.optimizer import make_optimizer, make_schedule
-from minigpt4_jax.training.state import Projection, TrainBatch, TrainState, init_state
-from minigpt4_jax.training.step import StepNumbers, make_train_step
+from minigpt4_jax.training.metrics import make_progress
+from minigpt4_jax.training.optimizer import make_optimizer
+from minigpt4_jax.training.state import Projection, TrainBatch, init_state
+from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.steps import TakeStep, run_steps
+from minigpt4_jax.training.stopping import stop_after_step
 from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
 Save = Callable[[Path, Projection], None]
 """Writes a finished projection; `convert` knows the file format, training does not."""
-TakeStep = Callable[[TrainState, Batch], tuple[TrainState, StepNumbers]]
 
 
 def train(
@@ -88,7 +88,7 @@ def train(
         vision = make_vision(config, preset, parts, params, dtype=dtype)
         with (
             make_batches(config, preset, parts, vision, tokenizer) as batches,
-            _stop_after_step() as stop,
+            stop_after_step() as stop,
         ):
             shape = (preset.model.projection_in, preset.model.llama.width)
             blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
@@ -105,7 +105,7 @@ def train(
                 # A copy: the step donates its state, and `start` is the caller's.
                 state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
             take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
-            state, step = _run_steps(
+            state, step = run_steps(
                 config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
             )
         checkpoints.wait_until_finished()
@@ -143,53 +143,6 @@ def _make_step(
     model = make_model(preset.model, layout=TRAIN, dtype=dtype)
     train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
     return lambda state, batch: train_step(state, frozen, _to_device(batch, vision))
-
-
-def _run_steps(
-    config: TrainConfig,
-    state: TrainState,
-    step: int,
-    take_step: TakeStep,
-    batches: Pipeline,
-    checkpoints: TrainCheckpoints,
-    *,
-    meta: dict[str, Any],
-    stop: _Stop,
-) -> tuple[TrainState, int]:
-    """Steps until the last one, or until a signal asks to stop; what was done is saved either way."""
-    schedule = make_schedule(config.optimizer)
-    max_steps = config.optimizer.max_steps
-    with Metrics(
-        Path(config.workdir),
-        start_step=step,
-        max_steps=max_steps,
-        log_every=config.log_every,
-        tensorboard=config.tensorboard,
-    ) as metrics:
-        while step < max_steps:
-            state, numbers = take_step(state, next(batches))
-            step += 1
-            loss, grad_norm, image_token_std = map(float, jax.device_get(numbers))
-            if not np.isfinite(loss):
-                raise UserError(
-                    f"The loss of step {step} is {loss}; expected a number. The last checkpoint is from before "
-                    "it. Lower optimizer.init_lr and start in a new workdir."
-                )
-            metrics.write(
-                step,
-                loss=loss,
-                learning_rate=float(schedule(step - 1)),
-                grad_norm=grad_norm,
-                image_token_std=image_token_std,
-                samples=config.data.batch_size,
-            )
-            # Read once: a stop that comes too late for this save waits for the next step.
-            stopping = stop.requested
-            if step % config.save_every == 0 or step == max_steps or stopping:
-                checkpoints.save(step, state, data_state=batches.get_state(), meta=meta)
-            if stopping:
-                break
-    return state, step
 
 
 def make_batches(
@@ -291,33 +244,3 @@ def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
         target_mask=jnp.asarray(batch["target_mask"]),
         features=vision.features_of(batch),
     )
-
-
-@dataclasses.dataclass
-class _Stop:
-    """Set by the first Ctrl-C or SIGTERM; the loop looks at it between two steps."""
-
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def _stop_after_step() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM finish and save the current step; a second one stops at once, back to the last checkpoint."""
-    stop = _Stop()
-
-    def handle(signum: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
-    except ValueError:
-        pass  # not in the main thread: the embedding program owns the signals
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

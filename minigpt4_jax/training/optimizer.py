@@ -17,7 +17,7 @@ import optax.contrib
 from jaxtyping import Array, Float, Int
 
 from minigpt4_jax.checkpoint import path_name
-from minigpt4_jax.config import OptimizerConfig
+from minigpt4_jax.train_config import OptimizerConfig
 
 MUON_MOMENTUM = 0.95
 """Of the Nesterov momentum, as in Muon's reference implementation."""

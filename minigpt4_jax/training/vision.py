@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minigpt4_jax.config import TrainConfig
 from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.datasets import Part
 from minigpt4_jax.data.faults import SampleFault
@@ -26,6 +25,7 @@ from minigpt4_jax.data.pixels import PictureReader
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import Params, make_model
 from minigpt4_jax.presets import Preset
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.features import (
     Encoded,
     Features,

@@ -10,8 +10,9 @@ import pytest
 
 from convert.projection import read_projection
 from minigpt4_jax import cli
-from minigpt4_jax.config import ModelConfig, TrainConfig
+from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.config_file import load
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.metrics import read_metrics
 from tests.cli.messages import assert_one_message
 

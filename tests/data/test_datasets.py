@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4_jax.config import DataConfig, SourceConfig, UserError
+from minigpt4_jax.config import UserError
 from minigpt4_jax.data.array_records import ArrayRecordSource, TfdsSource, write_array_records
 from minigpt4_jax.data.captions import blip_caption
 from minigpt4_jax.data.datasets import image_offsets, open_sources
@@ -15,6 +15,7 @@ from minigpt4_jax.data.jsonl import Jsonl
 from minigpt4_jax.data.sources import CcSbuAlign
 from minigpt4_jax.data.tar_shards import TarShards
 from minigpt4_jax.data.tfds_builders import prepare
+from minigpt4_jax.train_config import DataConfig, SourceConfig
 from tests.planted import END, jpeg, plant, samples
 
 

@@ -13,9 +13,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from minigpt4_jax.config import TrainConfig
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.state import Projection
 

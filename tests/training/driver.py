@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from minigpt4_jax.config import TrainConfig
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training import loop
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax.config import DataConfig, OptimizerConfig, SourceConfig, TrainConfig, UserError
+from minigpt4_jax.config import UserError
+from minigpt4_jax.train_config import DataConfig, OptimizerConfig, SourceConfig, TrainConfig
 from minigpt4_jax.training.identity import (
     FREE_SETTINGS,
     hash_tree,

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from minigpt4_jax.config import OptimizerConfig, UserError
+from minigpt4_jax.config import UserError
+from minigpt4_jax.train_config import OptimizerConfig
 from minigpt4_jax.training.optimizer import decays_weight, make_optimizer, make_schedule
 from minigpt4_jax.training.state import init_state
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax.config import ModelConfig, OptimizerConfig
+from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.batches import collate, make_example_tokens
 from minigpt4_jax.data.prompts import CHATML
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Batch, forward, make_model
+from minigpt4_jax.train_config import OptimizerConfig
 from minigpt4_jax.training.optimizer import make_optimizer
 from minigpt4_jax.training.state import TrainBatch, init_state
 from minigpt4_jax.training.step import loss_fn, make_train_step

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minigpt4_jax.config import ModelConfig, TrainConfig, UserError
+from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.presets import PRESETS
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training import loop
 from minigpt4_jax.training.metrics import read_metrics
 from tests.planted import HTML, Planted, plant

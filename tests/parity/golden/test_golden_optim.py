@@ -18,11 +18,11 @@ import optax
 from convert.projection import read_projection
 from convert.pth_files import open_pth
 from convert.sources import open_source
-from minigpt4_jax.config import OptimizerConfig
 from minigpt4_jax.data import batches
 from minigpt4_jax.data.prompts import encode_pieces, end_symbol_pieces
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import apply_method, make_model
+from minigpt4_jax.train_config import OptimizerConfig
 from minigpt4_jax.training.optimizer import decays_weight, make_optimizer, make_schedule
 from minigpt4_jax.training.state import TrainBatch
 from minigpt4_jax.training.step import loss_fn

@@ -47,6 +47,21 @@ def test_the_batches_of_a_window_come_in_an_order_of_their_own() -> None:
     assert len(firsts) == 5
 
 
+@pytest.mark.parametrize(("window", "padding"), [(1, 0.28), (16, 0.06)])
+def test_captions_as_the_webs_are_padded_as_little_as_docs_own_data_says(
+    window: int, padding: float
+) -> None:
+    rng = np.random.default_rng(0)
+    real = padded = 0
+    for _ in range(32 // window):
+        text = np.clip(rng.normal(14, 4, window * 256).round(), 3, 32).astype(int)
+        lengths = text + 33  # with bos and 32 image tokens
+        for batch in lengths[arrange(lengths.tolist(), 256, rng=rng)]:
+            real += batch.sum()
+            padded += 256 * min(bucket for bucket in (44, 48, 52, 65) if bucket >= batch.max())
+    assert 1 - real / padded == pytest.approx(padding, abs=0.01)
+
+
 def words(position: int) -> Words:
     tokens = join_example([1], [7] * (1 + position * 5 % 11))
     return Words(Pick(0, position, 0), position, 0, tokens, "x", position, (), 0)

@@ -7,8 +7,8 @@ Everything that `train.py` does before a batch reaches a device, and nothing beh
 sources of webdataset tars in the original's ratio and a shuffled order, the random crop, resize and normalisation to
 224 pixels, `blip_caption`, tokens, batches of 256 in length buckets. The tars are made here (smooth noise with some
 grain, about as hard to decode as a photograph) and lie in the page cache: a disk's or a network's speed is not in the
-numbers. Settings take turns within a round; medians of rounds. `words` reads no picture: what a process does for the rows of
-others.
+numbers. Settings take turns within a round; medians of rounds. `words` reads no picture: what a process does for the
+rows of others.
 """
 
 from __future__ import annotations

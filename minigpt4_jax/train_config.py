@@ -64,6 +64,7 @@ class DataConfig:
     end_sym: str = ""
     """After every answer: a control token by its spelling, or text. Empty: the template's own."""
     batch_size: int = 32
+    """Of all processes together, which share it evenly."""
     length_multiple: int = 8
     """Sequences are padded up to a multiple of this, so that a run compiles only a few shapes."""
     length_buckets: tuple[int, ...] = ()

@@ -40,8 +40,8 @@ class Words(NamedTuple):
     """The words of a pick, or of the stand-in for what is corrupt already in them."""
 
     pick: Pick
-    index: int
-    """The sample whose words these are."""
+    sample: int
+    """Whose words these are."""
     attempt: int
     """0: the pick's own; else the how-manieth stand-in."""
     tokens: ExampleTokens
@@ -171,7 +171,7 @@ class SampleReader:
     def _read_pixels(self, words: Words) -> np.ndarray | None:
         if self._pictures is None:
             return None
-        _, rng = self._draws(words.pick, words.index)
+        _, rng = self._draws(words.pick, words.sample)
         image = self._parts[words.pick.part].source.read_image(words.image_row)
         return self._pictures(image, words.name, rng=rng)
 

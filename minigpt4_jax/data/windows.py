@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 from jaxtyping import Int
@@ -34,10 +35,10 @@ def arrange(
 
 
 class Windows:
-    """The words of window `n`, batch by batch: read once, whichever of its batches is asked for first.
+    """The words of window `n`, batch by batch: each read once, whichever of its batches is asked for first.
 
-    Safe to ask from several threads: one reads a window, the others that need it wait. Whatever is read again gives the
-    same, so how many are kept is a matter of speed alone.
+    Safe to ask from several threads: those that need the same window read it together, a batch's worth each in turn.
+    Whatever is read again gives the same, so how many windows are kept is a matter of speed alone.
 
     Args:
         read: position in the global order -> the words of the sample there.
@@ -60,29 +61,43 @@ class Windows:
         self._lock = threading.Lock()
 
     def batch(self, number: int) -> list[Words]:
-        """The samples of batch `number` of the run, in their order."""
+        """The samples of batch `number` of the run, in their order. Raises what reading any of its window raises."""
         index, place = divmod(number, self._size)
         with self._lock:
-            window = self._windows.setdefault(index, _Window())
+            window = self._windows.setdefault(index, _Window(self._size))
             self._windows.move_to_end(index)
             if len(self._windows) > self._kept:
                 self._windows.popitem(last=False)
+        self._help_read(index, window)
+        words = [one for part in window.parts for one in part.result()]
         with window.lock:
-            if window.batches is None:
-                window.batches = self._make(index)
-            return window.batches[place]
+            if window.order is None:
+                # Five numbers: a sample's own draws are seeded with four, and shorter seeds are filled up with zeros.
+                rng = np.random.default_rng((self._seed, index, 0, 0, 1))
+                lengths = [len(one.tokens.token_ids) for one in words]
+                window.order = arrange(lengths, self._batch_size, rng=rng)
+        return [words[position] for position in window.order[place].tolist()]
 
-    def _make(self, index: int) -> list[list[Words]]:
-        count = self._size * self._batch_size
-        words = [self._read(index * count + place) for place in range(count)]
-        # Five numbers: a sample's own draws are seeded with four, and shorter seeds are filled up with zeros.
-        rng = np.random.default_rng((self._seed, index, 0, 0, 1))
-        lengths = [len(one.tokens.token_ids) for one in words]
-        order = arrange(lengths, self._batch_size, rng=rng)
-        return [[words[place] for place in batch] for batch in order.tolist()]
+    def _help_read(self, index: int, window: _Window) -> None:
+        """Reads parts of the window until every one is somebody's."""
+        while True:
+            with window.lock:
+                number = next(window.unread, None)
+            if number is None:
+                return
+            part = window.parts[number]
+            first = (index * self._size + number) * self._batch_size
+            try:
+                part.set_result([self._read(first + place) for place in range(self._batch_size)])
+            except BaseException as error:  # whatever it is: the other threads wait for this part
+                part.set_exception(error)
+                raise
 
 
 class _Window:
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.lock = threading.Lock()
-        self.batches: list[list[Words]] | None = None
+        self.unread = iter(range(size))
+        self.parts: list[Future[list[Words]]] = [Future() for _ in range(size)]
+        """A batch's worth of the order each."""
+        self.order: Int[np.ndarray, "W B"] | None = None

@@ -114,6 +114,27 @@ def quantised(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def input_pipeline(result: dict[str, Any]) -> str:
+    """Batches made per second from tars, beside what one accelerator takes."""
+    lines = [
+        "| what | pictures/s | over the rounds | per second of CPU time | of one H200 | real tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"].values():
+        low, high = row["images_per_s_of_rounds"]
+        lines.append(
+            f"| {row['what']} | {row['images_per_s']:,.0f} | {low:,.0f} to {high:,.0f} "
+            f"| {row['images_per_cpu_s']:,.0f} | {row['of_h200']:.2f} | {row['padding_efficiency']:.0%} |"
+        )
+    most = max(row["load_after"] for row in result["rows"].values())
+    rounds = max(row["rounds"] for row in result["rows"].values())
+    said = (
+        f"Medians of {rounds} rounds of {result['batches']} batches of {result['batch_size']} {_where(result, most)}; "
+        f"one H200 takes about {result['h200_takes']} pictures/s."
+    )
+    return "\n".join([said, "", *lines])
+
+
 COMMANDS = {
     "inference_cpu": "python benchmarks/inference.py --device cpu --out benchmarks/results/inference_cpu.json",
     "inference_gpu": "python benchmarks/inference.py --device gpu --out benchmarks/results/inference_gpu.json",
@@ -121,6 +142,7 @@ COMMANDS = {
     "train_cpu": "python benchmarks/train.py --device cpu --out benchmarks/results/train_cpu.json",
     "train_gpu": "python benchmarks/train.py --device gpu --out benchmarks/results/train_gpu.json",
     "quantised": "python benchmarks/quantised.py --out benchmarks/results/quantised.json",
+    "input_pipeline": "python benchmarks/input_pipeline.py --out benchmarks/results/input_pipeline.json",
 }
 """File of results -> the command that writes it."""
 
@@ -132,6 +154,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "inference_gpu": ("inference_gpu", gpu),
     "gpu_settings": ("inference_gpu", gpu_settings),
     "quantised": ("quantised", quantised),
+    "input_pipeline": ("input_pipeline", input_pipeline),
 }
 """Name in a page -> file of results, and what makes a table of it."""
 
@@ -165,7 +188,7 @@ def _where(result: dict[str, Any], most: float | None) -> str:
     on += f" with {hardware['cores']} cores"
     if most is not None:
         on += f" (load {hardware['load_before']:.1f} at the start, up to {most:.1f} behind a row)"
-    names = ("python", "jax", "flax", "torch", "transformers")
+    names = ("python", "jax", "flax", "torch", "transformers", "grain", "pillow", "tokenizers")
     return f"{on}; " + ", ".join(f"{name} {hardware[name]}" for name in names if name in hardware)
 
 

@@ -190,16 +190,26 @@ def _train(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     set_up_jax()
+    from minigpt4_jax.training.together import run_beside_others
+
+    return run_beside_others(lambda: _train_here(config), config=config.distributed)
+
+
+def _train_here(config: TrainConfig) -> int:
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
+    from minigpt4_jax.captioner import Captioner
     from minigpt4_jax.loading import open_frozen
     from minigpt4_jax.model_folder import find_preset
+    from minigpt4_jax.training.distributed import is_first_process
     from minigpt4_jax.training.loop import train
+    from minigpt4_jax.training.together import first_process_first
 
     start = None
     if config.init_projection not in ("ridge", "random"):
         start, _ = read_projection(Path(config.init_projection), find_preset(config.model).model)
-    with tensor_bar() as progress:
+    # `smol` is fetched and converted where it is not yet.
+    with first_process_first("model"), tensor_bar() as progress:
         frozen, tokenizer = open_frozen(config.model, progress=progress)
     train(
         config,
@@ -207,8 +217,10 @@ def _train(args: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),
+        caption=Captioner(config),
     )
-    print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
+    if is_first_process():
+        print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
     return 0
 
 

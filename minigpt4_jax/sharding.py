@@ -200,6 +200,12 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def one_for_each_device(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    """For one number of each device, `[devices]`, side by side, and for what is made of them, whole everywhere."""
+    mesh = Mesh(devices, ("device",))
+    return NamedSharding(mesh, P("device")), NamedSharding(mesh, P())
+
+
 def rows_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For the arrays of a training batch, `[B, ...]`: rows over `data` and `fsdp`, the same on all of `tensor`."""
     return NamedSharding(mesh, P(ROWS))

@@ -31,20 +31,27 @@ from minigpt4_jax.data.prompts import (
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.model_folder import find_preset
 from minigpt4_jax.models.layout import TRAIN
+from minigpt4_jax.models.minigpt4 import make_model
 from minigpt4_jax.presets import Preset
-from minigpt4_jax.sharding import make_shardings
+from minigpt4_jax.sharding import make_shardings, replicated
 from minigpt4_jax.train_config import DataConfig, TrainConfig
+from minigpt4_jax.training.account import Account
+from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.distributed import is_first_process
 from minigpt4_jax.training.frozen import FrozenWeights
+from minigpt4_jax.training.held_out import Evaluate, LossSum, make_eval_step, open_held_out
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import make_progress
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.placement import agree, choose_mesh, place_rows
+from minigpt4_jax.training.placement import agree, batch_share, choose_mesh, place_rows
 from minigpt4_jax.training.program import TrainPrograms, abstract_state, start_state
 from minigpt4_jax.training.state import Projection, TrainBatch
-from minigpt4_jax.training.steps import TakeStep, run_steps
+from minigpt4_jax.training.steps import TakeStep, Watch, run_steps
 from minigpt4_jax.training.stopping import stop_after_step
+from minigpt4_jax.training.together import first_process_first
+from minigpt4_jax.training.utilisation import make_speed
 from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
@@ -59,6 +66,7 @@ def train(
     tokenizer: Tokenizer,
     start: Projection | None,
     save_projection: Save,
+    caption: Caption | None = None,
 ) -> Projection:
     """Trains the projection and returns it. Called again with the same `workdir`, it goes on where it stopped.
 
@@ -66,11 +74,12 @@ def train(
         frozen: the frozen parameters (all but `llama_proj`), read when and where they are needed.
         start: the projection to start from when `config.init_projection` names a file (the entry point read it).
         save_projection: called with `<workdir>/projection.safetensors` when the last step is done.
+        caption: what the model says of pictures with the projection it is given, for `config.held_out`; None: nothing.
 
     Raises:
         UserError: no workdir, a broken data folder, a batch that the devices cannot share, or a checkpoint of another
             run in `workdir`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the step that was running is saved first.
+        Stopped: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
     if not config.workdir or not config.data.all_sources():
         raise UserError(
@@ -82,18 +91,24 @@ def train(
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     tx = make_optimizer(config.optimizer)
-    with TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints:
+    with (
+        Account(workdir) as account,
+        TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
+    ):
         # First of all: minutes of encoding for a run that is then refused would be in vain.
         meta = {"run": run_identity(config, frozen=frozen.fingerprints(), start=start)}
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
         dtype = _frozen_dtype(config.dtype)
         mesh, reason = choose_mesh(config, preset.model, dtype=dtype)
-        if jax.process_index() == 0:
+        if is_first_process():
             print(reason, flush=True)
         parts = _open_sources(config)
-        vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
+        with first_process_first("features"):
+            vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
         with (
-            make_batches(config, preset, parts, vision, tokenizer) as batches,
+            make_batches(
+                config, preset, parts, vision, tokenizer, share=batch_share(mesh)
+            ) as batches,
             stop_after_step() as stop,
         ):
             restored = checkpoints.restore_latest(abstract_state(preset.model, tx, mesh=mesh))
@@ -105,15 +120,37 @@ def train(
                     config, preset, parts, vision, tokenizer, frozen
                 )
                 state, step = start_state(agree(projection), tx, mesh=mesh), 0
-            take_step = _make_step(config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype)
-            state, step = run_steps(
-                config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
+            take_step, evaluate = _make_step(
+                config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype
             )
-        checkpoints.wait_until_finished()
-        if step < config.optimizer.max_steps:
-            raise KeyboardInterrupt
+            held_out = open_held_out(
+                config,
+                preset,
+                make_encoder(config, preset, tokenizer),
+                frozen,
+                vision=vision,
+                mesh=mesh,
+                dtype=dtype,
+                evaluate=evaluate,
+                caption=caption,
+            )
+            speed = make_speed(
+                preset.model,
+                batch_size=config.data.batch_size,
+                vision=not config.cache_features,
+            )
+            watch = Watch(account, speed, held_out)
+            account.begin("step")
+            try:
+                state, step = run_steps(
+                    config, state, step, take_step, batches, checkpoints, parts=parts, meta=meta, stop=stop, watch=watch
+                )  # fmt: skip
+            finally:
+                if is_first_process():
+                    print(account.summary(), flush=True)
     trained: Projection = jax.tree.map(np.asarray, state.projection)
-    save_projection(workdir / "projection.safetensors", trained)
+    if is_first_process():
+        save_projection(workdir / "projection.safetensors", trained)
     return trained
 
 
@@ -134,8 +171,11 @@ def _make_step(
     vision: Vision,
     mesh: Mesh,
     dtype: Any,
-) -> TakeStep:
-    """The compiled step with everything that stays the same during a run; it consumes the state it is given."""
+) -> tuple[TakeStep, Evaluate]:
+    """The compiled step and the compiled loss with everything that stays the same during a run.
+
+    A step consumes the state that it is given.
+    """
     programs = TrainPrograms(
         preset.model, config.optimizer, mesh=mesh, remat=config.remat, dtype=dtype
     )
@@ -150,7 +190,14 @@ def _make_step(
     llama = frozen.load(
         ("llama",), layout=TRAIN, dtype=dtype, place=lambda tree: make_shardings(mesh, tree)
     )
-    return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh))
+    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
+    eval_step = jax.jit(make_eval_step(model), out_shardings=replicated(mesh))
+
+    def evaluate(projection: Projection, batch: Batch, seen: Vision) -> LossSum:
+        with jax.set_mesh(mesh):
+            return eval_step(projection, llama, _to_device(batch, seen, mesh))
+
+    return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh)), evaluate
 
 
 def _batch_shapes(data: DataConfig) -> list[tuple[int, int]]:
@@ -159,16 +206,10 @@ def _batch_shapes(data: DataConfig) -> list[tuple[int, int]]:
     return [(length, targets) for length in data.length_buckets]
 
 
-def make_batches(
-    config: TrainConfig,
-    preset: Preset,
-    parts: Sequence[Part],
-    vision: Vision,
-    tokenizer: Tokenizer,
-) -> Pipeline:
-    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
+def make_encoder(config: TrainConfig, preset: Preset, tokenizer: Tokenizer) -> Encoder:
+    """What makes tokens of words, in the words of `config.data`.
 
-    Raises `UserError` for texts that do not fit, and for a pad token that would take the end symbol with it.
+    Raises `UserError` for a pad token that would take the end symbol with it.
     """
     data, template = config.data, get_template(config.data.template)
     end = end_symbol_pieces(data.end_sym, tokenizer) if data.end_sym else template.end_symbol
@@ -178,7 +219,7 @@ def make_batches(
             f"data.mask_pad_token is true and the tokenizer's pad token is part of the end symbol "
             f"{pieces_text(end)!r}; the model would never learn to stop. Set it to false."
         )
-    encoder = Encoder(
+    return Encoder(
         template,
         tokenizer,
         prompts=run_prompts(data) or (None,),
@@ -190,12 +231,32 @@ def make_batches(
         ignored_targets=ignored,
         truncate=data.truncate,
     )
+
+
+def make_batches(
+    config: TrainConfig,
+    preset: Preset,
+    parts: Sequence[Part],
+    vision: Vision,
+    tokenizer: Tokenizer,
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> Pipeline:
+    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
+
+    Raises `UserError` for texts that do not fit, and as `make_encoder`.
+    """
+    data, encoder = config.data, make_encoder(config, preset, tokenizer)
     batches = make_pipeline(
         parts,
         encoder,
         seed=data.seed,
         batch_size=data.batch_size,
         length_multiple=data.length_multiple,
+        length_buckets=data.length_buckets,
+        bucket_window=data.bucket_window,
+        process_index=share[0],
+        process_count=share[1],
         max_corrupt_share=data.max_corrupt_share,
         pictures=vision.pictures,
         bad_images=vision.bad_images,

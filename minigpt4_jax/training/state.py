@@ -20,6 +20,7 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
+    """-1 - step after a step whose loss or gradient was not finite: its update was not made, nor any after it."""
     projection: Projection
     opt_state: Any
 

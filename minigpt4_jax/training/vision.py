@@ -103,16 +103,21 @@ def make_vision(
     dtype: Any,
 ) -> Vision:
     """As `config.cache_features` says. `dtype` is that of the tower in the loop; a cache is encoded in float32."""
-    pictures = PictureReader(
+    pictures = make_reader(config, preset)
+    if config.cache_features:
+        encoded = prepare_features(config, preset, parts, frozen, pictures=pictures)
+        return CachedVision(encoded, mesh=mesh)
+    return PixelVision(preset, frozen, mesh=mesh, dtype=dtype, pictures=pictures)
+
+
+def make_reader(config: TrainConfig, preset: Preset) -> PictureReader:
+    """What decodes and preprocesses a picture of the run."""
+    return PictureReader(
         size=preset.model.vit.image_size,
         mean=preset.image_mean,
         std=preset.image_std,
         random_resized_crop=config.data.random_resized_crop,
     )
-    if config.cache_features:
-        encoded = prepare_features(config, preset, parts, frozen, pictures=pictures)
-        return CachedVision(encoded, mesh=mesh)
-    return PixelVision(preset, frozen, mesh=mesh, dtype=dtype, pictures=pictures)
 
 
 def prepare_features(

@@ -46,7 +46,7 @@ def test_the_identity_of_a_run_has_every_setting_but_the_free_ones_and_the_weigh
 OTHER: dict[str, dict[str, Any]] = {
     "": {
         "model": "tiny", "workdir": "w", "init_projection": "random", "dtype": "bfloat16", "feature_cache": "f",
-        "licence": "x", "attribution": "y", "tensorboard": True, "save_every": 7, "log_every": 7, "max_to_keep": 7,
+        "licence": "x", "attribution": "y", "tensorboard": False, "save_every": 7, "log_every": 7, "max_to_keep": 7,
         "seed": 7, "mesh": MeshConfig(data=7), "remat": "full", "held_out": HeldOutConfig(max_samples=7),
         "distributed": DistributedConfig(timeout_s=7), "profile": ProfileConfig(num_steps=7), "save_every_minutes": 7.0,
         "max_failed_saves": 7, "watchdog_s": 7.0,

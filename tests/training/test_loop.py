@@ -13,9 +13,9 @@ import pytest
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.data.tokenizer import byte_tokenizer
-from minigpt4_jax.training import loop, program, steps
+from minigpt4_jax.training import loop, program
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
-from minigpt4_jax.training.metrics import read_metrics
+from minigpt4_jax.training.metrics import Metrics, read_metrics
 from tests.training.conftest import hold
 
 
@@ -285,7 +285,7 @@ def interrupt(
         programs = program.TrainPrograms
         monkeypatch.setattr(programs, "__call__", wrap(programs.__call__, after=True))
     elif where == "Metrics.write":
-        monkeypatch.setattr(steps.Metrics, "write", wrap(steps.Metrics.write, after=False))
+        monkeypatch.setattr(Metrics, "write", wrap(Metrics.write, after=False))
     else:
         assert where == "checkpoints.save"
         save = wrap(TrainCheckpoints.save, after=False)
@@ -295,20 +295,23 @@ def interrupt(
 def test_signals_save_the_running_step_and_the_run_goes_on_from_it(
     tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run, stopped at four places by either signal, each time in its second step; then finished."""
+    """One run, stopped at four places by either signal, each time in its second step; then finished.
+
+    The numbers of the second step are written when the third was dispatched: that one is saved then.
+    """
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     stops = [
-        ("next(batches)", signal.SIGINT),
-        ("train_step", signal.SIGTERM),
-        ("Metrics.write", signal.SIGINT),
+        ("next(batches)", signal.SIGINT, 2),
+        ("train_step", signal.SIGTERM, 4),
+        ("Metrics.write", signal.SIGINT, 7),
     ]
-    for count, (where, number) in enumerate(stops, 1):
+    for where, number, saved in stops:
         with monkeypatch.context() as patch:
             interrupt(patch, where, step=2, with_signal=number)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path, "save_every=100")
-        assert latest_step(tmp_path) == 2 * count, where
-        assert losses(tmp_path) == whole[0][: 2 * count], where
+        assert latest_step(tmp_path) == saved, where
+        assert losses(tmp_path) == whole[0][:saved], where
         assert run.saved == {}
     with monkeypatch.context() as patch:
         interrupt(patch, "checkpoints.save", step=1, with_signal=signal.SIGTERM)
@@ -325,10 +328,10 @@ def test_signals_save_the_running_step_and_the_run_goes_on_from_it(
 def test_a_run_stopped_between_two_gathered_batches_goes_on_with_what_it_had(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("optimizer.accum_grad_iters=2", "save_every=100", "tensorboard=true")
-    projection = run(tmp_path / "whole", *settings)
+    settings = ("optimizer.accum_grad_iters=2", "save_every=100", "tensorboard=false")
+    projection = run(tmp_path / "whole", *settings[:2])
     with monkeypatch.context() as patch:
-        interrupt(patch, "Metrics.write", step=3, with_signal=signal.SIGINT)
+        interrupt(patch, "Metrics.write", step=2, with_signal=signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", *settings)
     assert latest_step(tmp_path / "stopped") == 3
@@ -349,9 +352,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        real = steps.Metrics.write
+        real = Metrics.write
         patch.setattr(
-            steps.Metrics,
+            Metrics,
             "write",
             lambda self, step, **numbers: (impatient if step == 6 else real)(self, step, **numbers),
         )

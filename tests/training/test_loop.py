@@ -17,7 +17,7 @@ import pytest
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.training import checkpoints as checkpoints_module
-from minigpt4_jax.training import loop
+from minigpt4_jax.training import loop, steps
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import read_metrics
 from minigpt4_jax.training.vision import CachedVision
@@ -348,7 +348,7 @@ def interrupt(
 
         monkeypatch.setattr(loop.jax, "jit", jit)
     elif where == "Metrics.write":
-        monkeypatch.setattr(loop.Metrics, "write", wrap(loop.Metrics.write, after=False))
+        monkeypatch.setattr(steps.Metrics, "write", wrap(steps.Metrics.write, after=False))
     else:
         assert where == "checkpoints.save"
         save = wrap(TrainCheckpoints.save, after=False)
@@ -412,9 +412,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        real = loop.Metrics.write
+        real = steps.Metrics.write
         patch.setattr(
-            loop.Metrics,
+            steps.Metrics,
             "write",
             lambda self, step, **numbers: (impatient if step == 6 else real)(self, step, **numbers),
         )

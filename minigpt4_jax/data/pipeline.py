@@ -49,7 +49,7 @@ class _Pick(NamedTuple):
 
 class _Sample(NamedTuple):
     part: int
-    index: int
+    number: int
     tokens: ExampleTokens
     image_row: int
     pixels: np.ndarray | None
@@ -201,7 +201,7 @@ def make_pipeline(
             length_multiple=length_multiple,
         )
         batch["source"] = np.asarray([sample.part for sample in samples], np.int32)
-        batch["sample_index"] = np.asarray([sample.index for sample in samples], np.int64)
+        batch["sample_index"] = np.asarray([sample.number for sample in samples], np.int64)
         if pictures is not None:
             batch["pixels"] = np.stack([s.pixels for s in samples if s.pixels is not None])
         drawn = np.bincount([sample.part for sample in samples], minlength=len(parts)).tolist()

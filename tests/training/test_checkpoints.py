@@ -231,7 +231,9 @@ def test_meta_comes_from_the_step_that_will_be_restored_and_renames_nothing(run:
 def test_a_step_of_another_tree_is_refused_and_not_set_aside(run: Path) -> None:
     flip(run / "checkpoints" / "3" / "meta" / "metadata")
     with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
-        with pytest.raises(CheckpointError, match="^The training checkpoint .*/2 does not fit the"):
+        with pytest.raises(
+            CheckpointError, match=r"^The training checkpoint .*/2 does not fit the"
+        ):
             checkpoints.restore_latest({"y": X["x"]})
         assert names(run) == ["1", "2", "3"]
 

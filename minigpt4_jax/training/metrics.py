@@ -205,14 +205,14 @@ class Metrics:
         }
         if self._speed is not None:
             row |= self._speed(size.length, size.targets, step_s)
-        self._record(row, prefix="train")
+        self._record(row, {f"train/{name}": row[name] for name in row if name != "step"})
         self._show(step, row)
 
     def write_held_out(self, step: int, *, loss: float, samples: int, tokens: int) -> None:
         """Records a look at the held-out samples: their mean loss over `tokens` targets."""
         row = {"step": step, "held_out_loss": loss, "samples": samples, "targets": tokens}
         self.looks.add(step)
-        self._record(row, prefix="held_out")
+        self._record(row, {"held_out/loss": loss})
         self.say(f"step {step}  held-out loss {loss:.4f} over {samples} samples")
 
     def say(self, text: str) -> None:
@@ -220,14 +220,13 @@ class Metrics:
         if self.writes:
             print(text, flush=True)
 
-    def _record(self, row: Mapping[str, Any], *, prefix: str) -> None:
+    def _record(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         if not self.writes:
             return
         self._append(json.dumps(row).encode() + b"\n")
         if self.events is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.events.scalar(f"{prefix}/{name}", value, int(row["step"]))
+            for name, value in scalars.items():
+                self.events.scalar(name, value, row["step"])
 
     def _append(self, line: bytes) -> None:
         """Writes what there is room for; the rest of it is tried again with the next line."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,9 @@ Evaluate = Callable[[Projection, Batch, Vision], LossSum]
 def open_held_out(
     config: TrainConfig,
     preset: Preset,
-    encoder: Encoder,
     params: Params,
     *,
+    encoder: Callable[[], Encoder],
     vision: Vision,
     dtype: Any,
     evaluate: Evaluate,
@@ -58,8 +58,8 @@ def open_held_out(
     """What `config.held_out` names, ready to be looked at; None where it names nothing.
 
     Args:
-        encoder: that of the run: the same template, prompts and limits.
         params: the frozen parameters, for features of the pictures.
+        encoder: makes that of the run: the same template, prompts and limits.
         vision: that of the run; where it encodes pictures in the loop, these too.
         caption: see `captions.Caption`; None: no captions.
 
@@ -81,7 +81,7 @@ def open_held_out(
     data = dataclasses.replace(data, folder="", sources=sources, random_resized_crop=False)
     picked = pick_samples(
         open_sources(data),
-        encoder,
+        encoder(),
         prompts=run_prompts(data) or (None,),
         max_samples=held_out.max_samples,
     )
@@ -160,7 +160,8 @@ def pick_samples(
     count = min(max_samples, len(everything))
     wanted = [everything[number * len(everything) // count] for number in range(count)]
     rows: dict[tuple[str, int], int] = {}
-    examples, asked, tokens, places = [], [], [], []
+    examples, asked, tokens = [], [], []
+    places: list[tuple[Part, int]] = []
     faults: list[SampleFault] = []
     for number, (part, index) in enumerate(wanted):
         choice = number % len(prompts)
@@ -222,12 +223,14 @@ def make_held_out_batches(
         length_multiple=length_multiple,
     )
     whole["target_mask"][size:] = False
+    arrays = cast(dict[str, np.ndarray], whole)
     rng = np.random.default_rng(0)  # a held-out picture is never cropped
 
     def make_batch(first: int) -> Batch:
         share = batch_size // jax.process_count()
         begin = first + share * jax.process_index()
-        batch = Batch(**{name: rows[begin : begin + share] for name, rows in whole.items()})
+        rows = slice(begin, begin + share)
+        batch = cast(Batch, {name: array[rows] for name, array in arrays.items()})
         if pictures is not None:
             read = {row: source.read_image(row) for row in set(batch["image_index"].tolist())}
             seen = {row: pictures(data, f"picture {row}", rng=rng) for row, data in read.items()}

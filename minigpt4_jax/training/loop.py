@@ -117,8 +117,8 @@ def train(
             held_out = open_held_out(
                 config,
                 preset,
-                make_encoder(config, preset, tokenizer),
                 params,
+                encoder=lambda: make_encoder(config, preset, tokenizer),
                 vision=vision,
                 dtype=dtype,
                 evaluate=evaluate,

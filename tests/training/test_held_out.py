@@ -82,7 +82,9 @@ def test_the_loss_is_that_of_every_sample_alone_counted_by_its_tokens(
     tmp_path: Path, run: Any, held_out: Path, encoder: Encoder, frozen: Any, make_config: Any
 ) -> None:
     settings = ("optimizer.max_steps=3", f"held_out.folder={held_out}", "held_out.every=2")
-    from_pixels = run(tmp_path / "pixels", *settings, "cache_features=false")
+    # The run sees random parts of its pictures; a look does not.
+    crop = ("cache_features=false", "data.random_resized_crop=true")
+    from_pixels = run(tmp_path / "pixels", *settings, *crop)
     looks = read_held_out(tmp_path / "pixels")
     assert [row["step"] for row in looks] == [0, 2, 3]
     assert len(read_metrics(tmp_path / "pixels")) == 3

@@ -279,6 +279,7 @@ class HeldOut:
     def look(self, step: int, projection: Projection, metrics: Metrics) -> None:
         """Writes the loss, and what the model says of a few pictures, with the projection of after `step` steps."""
         loss, targets = self.loss(projection)
+        metrics.say(f"step {step}  held-out loss {loss:.4f} over {self._num_samples} samples")
         if self._captions is not None and metrics.writes:
             self._captions.write(step, projection, metrics)
         # Last: its line says that the look is complete.

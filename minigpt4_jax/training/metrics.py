@@ -213,7 +213,6 @@ class Metrics:
         row = {"step": step, "held_out_loss": loss, "samples": samples, "targets": tokens}
         self.looks.add(step)
         self._record(row, {"held_out/loss": loss})
-        self.say(f"step {step}  held-out loss {loss:.4f} over {samples} samples")
 
     def say(self, text: str) -> None:
         """A line for people, from the process that writes."""
@@ -250,7 +249,9 @@ class Metrics:
         )
         if "utilisation" in row:
             numbers += f"  utilisation {row['utilisation']:.0%}"
-        self._progress.update(self._task, completed=step, numbers=numbers)
+        # A bar beside them must fit a terminal of 80 columns.
+        short = f"loss {mean:.3f}  {row['samples_per_s']:.1f}/s  wait {row['data_wait']:.0%}"
+        self._progress.update(self._task, completed=step, numbers=short)
         if not self._progress.console.is_terminal and step % self._log_every == 0:
             self.say(
                 f"step {step}/{self._max_steps}  {numbers}  {row['time_left_s'] / 60:.1f} min left"

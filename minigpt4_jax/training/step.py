@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.minigpt4 import MiniGPT4, apply_method, make_positions
+from minigpt4_jax.sharding import constrain_rows
 from minigpt4_jax.training.loss import cross_entropy
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState
 
@@ -51,7 +52,8 @@ def answer_logits(
         caches=None,
     )
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
-    return apply_method(model, params, "head", picked), image_embeds
+    logits = apply_method(model, params, "head", constrain_rows(picked, "x"))
+    return constrain_rows(logits, "logits"), image_embeds
 
 
 def loss_fn(

@@ -134,8 +134,8 @@ def measure(name: str, compile_it: Callable[[], Any]) -> Compiled:
 
 def shorten(message: str) -> str:
     """The sentence of an out-of-memory message that has the numbers, or its first line."""
-    found = re.search(r"Used [^.]*\.\S+ of [^.]*\.\S+ hbm\.[^.]*\.\S+", message)
-    said = found.group() if found else message.splitlines()[0]
+    found = re.search(r"(Ran out of memory on HBM, .*\(\S+G\)|Used \S+ of \S+ hbm)\.", message)
+    said = found.group(1) if found else message.splitlines()[0]
     return " ".join(said.split())[:300]
 
 

@@ -81,14 +81,16 @@ def describe_devices(target: Slice) -> Sequence[Any]:
             '--compile needs libtpu (484 MB), which is not installed; expected the `plan` extra. pip install ".[plan]"'
         )
     # libtpu looks for the machine that it is on: a described slice is on none.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     for level in ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):
         os.environ.setdefault(level, "3")
+    import jax
     from jax.experimental import topologies
 
+    if jax.config.jax_platforms is None:  # libtpu is here to compile; no device is wanted
+        jax.config.update("jax_platforms", "cpu")
     flat = len(target.topology) == 2
     name = {"v5p": "v5"}.get(target.device.name, target.device.name)
     closed = [target.closes(side) for side in target.topology]

@@ -194,7 +194,7 @@ def _train(args: argparse.Namespace) -> int:
     set_up_jax()
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
-    from minigpt4_jax.loading import load_frozen
+    from minigpt4_jax.loading import open_frozen
     from minigpt4_jax.model_folder import find_preset
     from minigpt4_jax.training.loop import train
 
@@ -202,10 +202,10 @@ def _train(args: argparse.Namespace) -> int:
     if config.init_projection not in ("ridge", "random"):
         start, _ = read_projection(Path(config.init_projection), find_preset(config.model).model)
     with tensor_bar() as progress:
-        params, tokenizer = load_frozen(config.model, progress=progress)
+        frozen, tokenizer = open_frozen(config.model, progress=progress)
     train(
         config,
-        params=params,
+        frozen=frozen,
         tokenizer=tokenizer,
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),

@@ -24,7 +24,7 @@ from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.presets import PRESETS
 
 # Several CPU devices, so that shardings are more than a no-op. Single-device tests use the first and do not notice.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -1,6 +1,6 @@
 """A training run, from features to the finished projection. Reads top to bottom; all side effects of training are here.
 
-Not for: loading the frozen weights and the tokenizer (the entry point hands them in), or the arithmetic (`step.py`).
+Not for: finding the frozen weights and the tokenizer (the entry point hands them in), or the arithmetic (`step.py`).
 Differs from the original: a run resumes at the very step and sample where it stopped, not at an epoch.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.batches import Batch
@@ -30,17 +30,19 @@ from minigpt4_jax.data.prompts import (
 )
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.model_folder import find_preset
-from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
-from minigpt4_jax.models.minigpt4 import Params, make_model
+from minigpt4_jax.models.layout import TRAIN
 from minigpt4_jax.presets import Preset
-from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.sharding import make_shardings
+from minigpt4_jax.train_config import DataConfig, TrainConfig
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.frozen import FrozenWeights
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import make_progress
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.state import Projection, TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.placement import agree, choose_mesh, place_rows
+from minigpt4_jax.training.program import TrainPrograms, abstract_state, start_state
+from minigpt4_jax.training.state import Projection, TrainBatch
 from minigpt4_jax.training.steps import TakeStep, run_steps
 from minigpt4_jax.training.stopping import stop_after_step
 from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
@@ -53,7 +55,7 @@ Save = Callable[[Path, Projection], None]
 def train(
     config: TrainConfig,
     *,
-    params: Params,
+    frozen: FrozenWeights,
     tokenizer: Tokenizer,
     start: Projection | None,
     save_projection: Save,
@@ -61,12 +63,13 @@ def train(
     """Trains the projection and returns it. Called again with the same `workdir`, it goes on where it stopped.
 
     Args:
-        params: the frozen parameters (all but `llama_proj`) in the `DISK` layout, float32.
+        frozen: the frozen parameters (all but `llama_proj`), read when and where they are needed.
         start: the projection to start from when `config.init_projection` names a file (the entry point read it).
         save_projection: called with `<workdir>/projection.safetensors` when the last step is done.
 
     Raises:
-        UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
+        UserError: no workdir, a broken data folder, a batch that the devices cannot share, or a checkpoint of another
+            run in `workdir`.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
     if not config.workdir or not config.data.all_sources():
@@ -81,30 +84,28 @@ def train(
     tx = make_optimizer(config.optimizer)
     with TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints:
         # First of all: minutes of encoding for a run that is then refused would be in vain.
-        meta = {"run": run_identity(config, frozen=params, start=start)}
+        meta = {"run": run_identity(config, frozen=frozen.fingerprints(), start=start)}
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
-        parts = _open_sources(config)
         dtype = _frozen_dtype(config.dtype)
-        vision = make_vision(config, preset, parts, params, dtype=dtype)
+        mesh, reason = choose_mesh(config, preset.model, dtype=dtype)
+        if jax.process_index() == 0:
+            print(reason, flush=True)
+        parts = _open_sources(config)
+        vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
         with (
             make_batches(config, preset, parts, vision, tokenizer) as batches,
             stop_after_step() as stop,
         ):
-            shape = (preset.model.projection_in, preset.model.llama.width)
-            blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
-            restored = checkpoints.restore_latest(
-                jax.eval_shape(lambda p: init_state(p, tx), blank)
-            )
+            restored = checkpoints.restore_latest(abstract_state(preset.model, tx, mesh=mesh))
             if restored is not None:
                 batches.set_state(restored.data_state)
                 state, step = restored.state, restored.step
             else:
                 projection = start or _initial_projection(
-                    config, preset, parts, vision, tokenizer, params
+                    config, preset, parts, vision, tokenizer, frozen
                 )
-                # A copy: the step donates its state, and `start` is the caller's.
-                state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
-            take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
+                state, step = start_state(agree(projection), tx, mesh=mesh), 0
+            take_step = _make_step(config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype)
             state, step = run_steps(
                 config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
             )
@@ -126,23 +127,36 @@ def _open_sources(config: TrainConfig) -> list[Part]:
 
 
 def _make_step(
+    config: TrainConfig,
     preset: Preset,
-    tx: optax.GradientTransformationExtraArgs,
+    frozen: FrozenWeights,
     *,
-    params: Params,
     vision: Vision,
+    mesh: Mesh,
     dtype: Any,
 ) -> TakeStep:
     """The compiled step with everything that stays the same during a run; it consumes the state it is given."""
-    frozen = {
-        "llama": jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, dtype),
-            convert_layout(params["llama"], DISK, TRAIN, llama=preset.model.llama),
+    programs = TrainPrograms(
+        preset.model, config.optimizer, mesh=mesh, remat=config.remat, dtype=dtype
+    )
+    shapes = _batch_shapes(config.data)
+    with make_progress(quiet=not shapes) as progress:
+        task = progress.add_task("compiling", total=len(shapes), numbers="")
+        programs.compile_ahead(
+            shapes,
+            batch_size=config.data.batch_size,
+            advance=lambda: progress.advance(task),
         )
-    }
-    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
-    train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    return lambda state, batch: train_step(state, frozen, _to_device(batch, vision))
+    llama = frozen.load(
+        ("llama",), layout=TRAIN, dtype=dtype, place=lambda tree: make_shardings(mesh, tree)
+    )
+    return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh))
+
+
+def _batch_shapes(data: DataConfig) -> list[tuple[int, int]]:
+    """Every (length, targets) that batches will have; none where `data.length_buckets` does not say."""
+    targets = -(-data.max_text_len // data.length_multiple) * data.length_multiple
+    return [(length, targets) for length in data.length_buckets]
 
 
 def make_batches(
@@ -203,9 +217,9 @@ def _initial_projection(
     parts: Sequence[Part],
     vision: Vision,
     tokenizer: Tokenizer,
-    params: Params,
+    frozen: FrozenWeights,
 ) -> Projection:
-    embedding = np.asarray(params["llama"]["embed_tokens"]["embedding"], np.float32)
+    embedding = np.asarray(frozen.read("llama/embed_tokens/embedding"), np.float32)
     if config.init_projection == "random":
         key = jax.random.key(config.seed)
         return random_projection(preset.model, key, embed_std=float(embedding.std()))
@@ -235,12 +249,12 @@ def _frozen_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
+def _to_device(batch: Batch, vision: Vision, mesh: Mesh) -> TrainBatch:
     return TrainBatch(
-        token_ids=jnp.asarray(batch["token_ids"]),
-        attention_mask=jnp.asarray(batch["attention_mask"]),
-        target_positions=jnp.asarray(batch["target_positions"]),
-        target_ids=jnp.asarray(batch["target_ids"]),
-        target_mask=jnp.asarray(batch["target_mask"]),
+        token_ids=place_rows(batch["token_ids"], mesh),
+        attention_mask=place_rows(batch["attention_mask"], mesh),
+        target_positions=place_rows(batch["target_positions"], mesh),
+        target_ids=place_rows(batch["target_ids"], mesh),
+        target_mask=place_rows(batch["target_mask"], mesh),
         features=vision.features_of(batch),
     )

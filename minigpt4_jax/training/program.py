@@ -8,7 +8,7 @@ Differs from the original, which runs eagerly. Nothing here reads files, picture
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,18 +70,17 @@ def abstract_batch(
     Rows lie over the axes `data` and `fsdp`, which must divide them.
     """
 
-    def array(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows_sharding(mesh))
 
-    fields = {
-        "token_ids": array((length,), jnp.int32),
-        "attention_mask": array((length,), jnp.bool_),
-        "target_positions": array((targets,), jnp.int32),
-        "target_ids": array((targets,), jnp.int32),
-        "target_mask": array((targets,), jnp.bool_),
-        "features": array(config.feature_shape, jnp.float32),
-    }
-    return TrainBatch(**fields)  # type: ignore[arg-type]  # shapes in the place of arrays
+    return TrainBatch(
+        token_ids=array((length,), jnp.int32),
+        attention_mask=array((length,), jnp.bool_),
+        target_positions=array((targets,), jnp.int32),
+        target_ids=array((targets,), jnp.int32),
+        target_mask=array((targets,), jnp.bool_),
+        features=array(config.feature_shape, jnp.float32),
+    )
 
 
 def start_state(
@@ -169,6 +168,14 @@ class TrainPrograms:
         if shape not in self._compiled:
             self._compiled[shape] = self._lower(*shape).compile()
         return self._compiled[shape]
+
+    def compile_ahead(
+        self, shapes: Sequence[tuple[int, int]], *, batch_size: int, advance: Callable[[], None]
+    ) -> None:
+        """The programs of all (length, targets) that batches will have; `advance` is called after each."""
+        for length, targets in shapes:
+            self.compile(batch_size=batch_size, length=length, targets=targets)
+            advance()
 
     def __call__(
         self, state: TrainState, frozen: Frozen, batch: TrainBatch

@@ -13,9 +13,10 @@ import pytest
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.data.tokenizer import byte_tokenizer
-from minigpt4_jax.training import loop
+from minigpt4_jax.training import loop, program, steps
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import read_metrics
+from tests.training.conftest import hold
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -42,7 +43,7 @@ def whole(
     workdir = tmp_path_factory.mktemp("whole")
     projection = loop.train(
         make_config(workdir),
-        params=frozen,
+        frozen=hold(frozen),
         tokenizer=byte_tokenizer(),
         start=None,
         save_projection=lambda path, projection: None,
@@ -178,7 +179,7 @@ def refused_workdir(
     workdir = tmp_path_factory.mktemp("refused")
     loop.train(
         make_config(workdir, "optimizer.max_steps=3"),
-        params=frozen,
+        frozen=hold(frozen),
         tokenizer=byte_tokenizer(),
         start=None,
         save_projection=lambda path, projection: None,
@@ -209,7 +210,7 @@ def test_other_frozen_weights_under_the_same_settings_are_refused(
 ) -> None:
     other = jax.tree.map(np.array, frozen)
     other["llama"]["norm"]["scale"][0] += 1e-3
-    with pytest.raises(UserError, match=r"other settings \(frozen_weights\)"):
+    with pytest.raises(UserError, match=r"other settings \(frozen_weights\.llama\)"):
         run(refused_workdir, "optimizer.max_steps=3", frozen=other)
 
 
@@ -234,7 +235,7 @@ def test_a_run_without_its_folders_says_which(missing: str, tmp_path: Path, run:
 def test_a_loss_that_is_no_number_stops_before_anything_is_saved(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.make_train_step
+    real = program.make_train_step
 
     def make_broken(*args: Any) -> Any:
         step = real(*args)
@@ -246,7 +247,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_saved(
 
         return train_step
 
-    monkeypatch.setattr(loop, "make_train_step", make_broken)
+    monkeypatch.setattr(program, "make_train_step", make_broken)
     with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr"):
         run(tmp_path)
     assert latest_step(tmp_path) == 4
@@ -281,16 +282,10 @@ def interrupt(
 
         monkeypatch.setattr(Pipeline, "__next__", wrap(Pipeline.__next__, after=True))
     elif where == "train_step":
-        real = jax.jit
-
-        def jit(function: Any, **settings: Any) -> Any:
-            compiled = real(function, **settings)
-            is_step = getattr(function, "__name__", "") == "train_step"
-            return wrap(compiled, after=True) if is_step else compiled
-
-        monkeypatch.setattr(loop.jax, "jit", jit)
+        programs = program.TrainPrograms
+        monkeypatch.setattr(programs, "__call__", wrap(programs.__call__, after=True))
     elif where == "Metrics.write":
-        monkeypatch.setattr(loop.Metrics, "write", wrap(loop.Metrics.write, after=False))
+        monkeypatch.setattr(steps.Metrics, "write", wrap(steps.Metrics.write, after=False))
     else:
         assert where == "checkpoints.save"
         save = wrap(TrainCheckpoints.save, after=False)
@@ -354,9 +349,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        real = loop.Metrics.write
+        real = steps.Metrics.write
         patch.setattr(
-            loop.Metrics,
+            steps.Metrics,
             "write",
             lambda self, step, **numbers: (impatient if step == 6 else real)(self, step, **numbers),
         )

@@ -19,6 +19,7 @@ from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training import loop
 from minigpt4_jax.training.metrics import read_metrics
 from tests.planted import HTML, Planted, plant
+from tests.training.conftest import ONE_DEVICE, hold
 
 STEPS, BATCH = 6, 8
 """48 samples of a corpus of 25: nearly two passes."""
@@ -42,11 +43,11 @@ def train(planted: Planted, frozen: dict[str, Any]) -> Train:
             f"data.sources.web.path={planted.folder}", "data.sources.web.kind=tar",
             "data.sources.web.caption_processor=blip_caption", "data.max_corrupt_share=0.5",
             f"data.batch_size={BATCH}", "data.length_multiple=32", "optimizer.init_lr=0.01",
-            f"optimizer.max_steps={STEPS}", "optimizer.warmup_steps=2", "save_every=1", "max_to_keep=100",
+            f"optimizer.max_steps={STEPS}", "optimizer.warmup_steps=2", "save_every=1", "max_to_keep=100", *ONE_DEVICE,
         ]  # fmt: skip
         loop.train(
             load(TrainConfig, None, [*settings, *overrides]),
-            params=params,
+            frozen=hold(params),
             tokenizer=byte_tokenizer(),
             start=None,
             save_projection=lambda path, projection: np.savez(

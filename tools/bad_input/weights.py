@@ -26,11 +26,14 @@ def tiny_model() -> None:
     from minigpt4_jax.data.tokenizer import byte_tokenizer
     from minigpt4_jax.models.minigpt4 import abstract_params
     from minigpt4_jax.presets import get_preset
+    from minigpt4_jax.training.frozen import FrozenArrays
 
     abstract = abstract_params(get_preset("tiny").model)
     frozen = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     frozen.pop("llama_proj")
     loading.load_frozen = lambda name, **_: (dict(frozen), byte_tokenizer())
+    held = FrozenArrays(frozen, llama=get_preset("tiny").model.llama)
+    loading.open_frozen = lambda name, **_: (held, byte_tokenizer())
 
 
 def projection(width: int, *, flipped: bool = False) -> Callable[[], None]:

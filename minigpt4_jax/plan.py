@@ -28,7 +28,7 @@ from minigpt4_jax.estimate import (
 )
 from minigpt4_jax.hardware import Slice
 from minigpt4_jax.presets import PRESETS, get_preset
-from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.train_config import PROMPT_TOKENS, TrainConfig
 
 UTILISATION = 0.5
 """Of the peak rate, for the hours that a run may really take: what the better published runs of such models reach."""
@@ -41,8 +41,6 @@ STAGE_1 = (
     "optimizer.warmup_steps=5000",
 )
 """What is planned where no configuration is named: the published first stage."""
-CHARACTERS_PER_TOKEN = 3
-"""Of prompts, rather too few: whose tokenizer it will be is not known here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,15 +132,11 @@ def read_work(
     """
     data = config.data
     name, model, notes = _find_model(config.model)
-    longest = data.length_buckets[-1] if data.length_buckets else None
-    if length is None and longest is None:
-        longest = 1 + model.num_image_tokens + data.max_text_len
-        asked = max((len(prompt) for prompt in data.prompts), default=0)
-        if asked or data.prompt_path:
-            words = -(-(40 + asked) // CHARACTERS_PER_TOKEN)  # and the template's around it
-            longest += words
+    if length is None:
+        length = data.longest_sample(num_image_tokens=model.num_image_tokens)
+        if not data.length_buckets and (data.prompts or data.prompt_path):
             notes.append(
-                f"a sample is taken to have {longest} tokens, about {words} of them the prompt's; --length says better"
+                f"a sample has {length} tokens, {PROMPT_TOKENS} of them its prompt's; --length says better"
             )
     return Work(
         name=name,
@@ -150,7 +144,7 @@ def read_work(
         batch_size=data.batch_size,
         accumulate=config.optimizer.accum_grad_iters,
         steps=config.optimizer.max_steps,
-        length=length or longest or 1,
+        length=length,
         targets=targets or data.max_text_len,
         remat=config.remat,
         dtype_bytes=4 if config.dtype == "float32" else 2,

@@ -14,6 +14,7 @@ from minigpt4_jax.estimate import USABLE
 from minigpt4_jax.hardware import parse_gpu, parse_tpu
 from minigpt4_jax.plan import STAGE_1, Plan, make_plan, read_work, to_json, what_to_change
 from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.training import placement
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "train"
 
@@ -39,11 +40,21 @@ def test_a_published_configuration_is_planned_before_its_model_is_converted() ->
 
 def test_the_length_of_a_prompt_is_guessed_and_said() -> None:
     work = read_work(load(TrainConfig, CONFIGS / "minigpt4_stage2.yaml"))
-    assert 220 <= work.length <= 240  # 231 with the published tokenizer
+    assert work.length == 64 + 32 + 160  # 231 with the published tokenizer
     assert "--length says better" in work.notes[-1]
     config = load(TrainConfig, CONFIGS / "minigpt4_stage2.yaml")
     said = read_work(config, length=231, targets=100)
     assert (said.length, said.targets, len(said.notes)) == (231, 100, 1)
+
+
+@pytest.mark.parametrize("name", ["minigpt4_stage1", "minigpt4_stage2", "smol_stage1"])
+@pytest.mark.parametrize("overrides", [(), ("data.length_buckets=[48,96,512]",)])
+def test_training_takes_a_sample_to_be_as_long_as_plan_does(
+    name: str, overrides: tuple[str, ...]
+) -> None:
+    config = load(TrainConfig, CONFIGS / f"{name}.yaml", overrides)
+    work = read_work(config)
+    assert placement._longest(config, work.model) == (work.length, work.targets)
 
 
 def test_the_last_bucket_is_the_longest_sample() -> None:

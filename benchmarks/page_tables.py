@@ -120,28 +120,31 @@ def plan(result: dict[str, Any]) -> str:
 def plan_compiled(result: dict[str, Any]) -> str:
     """The compiler's memory of the same train steps beside the estimate, and of prefill and decode step."""
     lines = [
-        "| model | slice | mesh | train step: estimate | XLA:TPU | estimate too | prefill | decode step |",
+        "| model | slice | mesh | train step: estimate | XLA:TPU | estimate is | prefill | decode step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    versions = {}
-    for row in result["rows"].values():
-        if "compiled" not in row:
-            continue
-        versions = row["versions"]
+    rows = [row for row in result["rows"].values() if "compiled" in row]
+    errors = []
+    for row in rows:
         step, *others = row["compiled"]
-        guess = row["bytes_per_device"]["total"]
-        error = ""
+        guess, share = row["bytes_per_device"]["total"], ""
         if not step["error"]:
-            share = guess / step["total_bytes"] - 1
-            error = f"{'high' if share > 0 else 'low'} by {abs(share):.1%}"
+            errors.append(guess / step["total_bytes"] - 1)
+            share = _off(errors[-1])
         lines.append(
-            f"| {row['model']} | {row['target']} | {_mesh(row)} | {guess / GIB:.2f} GiB | {_program(step)} | {error} "
+            f"| {row['model']} | {row['target']} | {_mesh(row)} | {guess / GIB:.2f} GiB | {_program(step)} | {share} "
             f"| {' | '.join(map(_program, others))} |"
         )
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return "\n".join(
-        [f"GiB on each device, and the seconds of compiling on two CPU cores; {said}.", "", *lines]
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    said = (
+        f"On each device, and seconds of compiling on two busy CPU cores; {versions}. The estimate is between "
+        f"{_off(min(errors))} and {_off(max(errors))}."
     )
+    return "\n".join([said, "", *lines])
+
+
+def _off(share: float) -> str:
+    return f"{abs(share):.1%} {'too high' if share > 0 else 'too low'}"
 
 
 def _mesh(row: dict[str, Any]) -> str:

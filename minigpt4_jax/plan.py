@@ -15,17 +15,16 @@ from typing import Any
 from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.estimate import (
     USABLE,
-    Exchange,
     MemoryEstimate,
     MeshChoice,
     StepFlops,
     StepTime,
     pick_mesh,
-    step_exchange,
     step_flops,
     step_time,
     train_memory,
 )
+from minigpt4_jax.exchange import Exchange, step_exchange
 from minigpt4_jax.hardware import Slice
 from minigpt4_jax.presets import PRESETS, get_preset
 from minigpt4_jax.train_config import PROMPT_TOKENS, TrainConfig

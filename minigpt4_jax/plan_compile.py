@@ -89,7 +89,7 @@ def describe_devices(target: Slice) -> Sequence[Any]:
     import jax
     from jax.experimental import topologies
 
-    if jax.config.jax_platforms is None:  # libtpu is here to compile; no device is wanted
+    if "JAX_PLATFORMS" not in os.environ:  # libtpu is here to compile; no device is wanted
         jax.config.update("jax_platforms", "cpu")
     flat = len(target.topology) == 2
     name = {"v5p": "v5"}.get(target.device.name, target.device.name)

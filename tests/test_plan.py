@@ -109,16 +109,16 @@ def test_the_first_change_that_fits_ends_the_list() -> None:
 
 
 def test_a_smaller_batch_keeps_the_samples_of_an_update_and_of_the_run() -> None:
-    plan = stage_1("model=vicuna-13b", "data.batch_size=2048", target="v5e:2x4")
+    plan = stage_1("model=vicuna-13b", "data.batch_size=4096", target="v5e:2x4")
     changes = what_to_change(plan)
     last = changes[-1].plan
     assert last.fits
     assert "optimizer.accum_grad_iters" in changes[-1].what
-    assert last.work.batch_size * last.work.accumulate == 2048
-    assert last.work.batch_size * last.work.steps == 2048 * 20_000
+    assert last.work.batch_size * last.work.accumulate == 4096
+    assert last.work.batch_size * last.work.steps == 4096 * 20_000
     # What the command is told is what was planned.
     settings = [word for word in changes[-1].what.split() if "=" in word]
-    again = stage_1("model=vicuna-13b", "data.batch_size=2048", *settings, target="v5e:2x4")
+    again = stage_1("model=vicuna-13b", "data.batch_size=4096", *settings, target="v5e:2x4")
     assert again.memory == last.memory
 
 
@@ -151,7 +151,7 @@ def test_the_json_has_every_number_and_nothing_but_plain_values() -> None:
     assert found["mesh"]["data"] == 4
     need = found["bytes_per_device"]
     parts = ("weights", "activations", "layer", "optimizer", "logits", "vision")
-    assert need["total"] == sum(need[part] for part in parts)
+    assert need["total"] == sum(need[part] for part in parts) - min(need["layer"], need["logits"])
     assert found["fits"] == (need["total"] <= need["limit"])
     flops = found["flops_per_step"]
     assert flops["hardware"] == pytest.approx(flops["model"] + flops["again"])

@@ -35,7 +35,7 @@ def test_every_program_of_a_plan_compiles_on_its_mesh(monkeypatch: pytest.Monkey
 
     def devices(target: Slice) -> Sequence[Any]:
         asked.append(target.name)
-        return jax.devices()
+        return jax.devices()[:4]
 
     monkeypatch.setattr(plan_compile, "describe_devices", devices)
     monkeypatch.setattr(plan_compile, "CONTEXT", 128)

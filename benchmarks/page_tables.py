@@ -126,7 +126,11 @@ def plan_compiled(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"].values() if "compiled" in row]
     errors = []
     for row in rows:
-        step, *others = row["compiled"]
+        programs = {each["name"]: each for each in row["compiled"]}
+        step, others = (
+            programs["train step"],
+            [programs.get(name) for name in ("prefill", "decode step")],
+        )
         guess, share = row["bytes_per_device"]["total"], ""
         if not step["error"]:
             errors.append(guess / step["total_bytes"] - 1)
@@ -156,7 +160,9 @@ def _mesh(row: dict[str, Any]) -> str:
     return " ".join(sizes) or "one device"
 
 
-def _program(compiled: dict[str, Any]) -> str:
+def _program(compiled: dict[str, Any] | None) -> str:
+    if compiled is None:
+        return "not tried"
     if compiled["error"]:
         return f"does not compile: {compiled['error']}"
     return f"{compiled['total_bytes'] / GIB:.2f} GiB, {compiled['seconds']:.0f} s"

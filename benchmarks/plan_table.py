@@ -3,9 +3,9 @@
     python benchmarks/plan_table.py --out benchmarks/results/plan.json && python benchmarks/page_tables.py
 
 Estimates for every row, and for the TPU rows what XLA:TPU says (the `plan` extra): train step, prefill and decode step,
-each compiled at full size on the CPU, one row in a process of its own. 30 programs take an hour on two cores; the file
-is written after every row, and a row that was compiled with the same versions and settings is not compiled again. Not
-for: speed on a device. The GPU rows are arithmetic alone.
+each compiled at full size on the CPU in a process of its own. 30 programs take an hour on two busy cores; the file is
+written after each, and what was compiled with the same versions and settings is not compiled again. Not for: speed on a
+device. The GPU rows are arithmetic alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from minigpt4_jax.config_file import load
 from minigpt4_jax.hardware import Slice, parse_gpu, parse_tpu
 from minigpt4_jax.plan import STAGE_1, make_plan, read_work, to_json
+from minigpt4_jax.plan_compile import PROGRAMS, compile_plan
 from minigpt4_jax.train_config import TrainConfig
 
 MODELS = ("vicuna-7b", "vicuna-13b")
@@ -67,27 +68,12 @@ def versions() -> dict[str, str]:
         return {}
 
 
-def compile_row(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The programs of a row, from the command that people type."""
-    command = [
-        sys.executable,
-        "-m",
-        "minigpt4_jax.cli",
-        "plan",
-        "--model",
-        row["model"],
-        "--tpu",
-        row["target"],
-    ]
-    done = subprocess.run(
-        [*command, "--compile", "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    compiled: list[dict[str, Any]] = json.loads(done.stdout)["compiled"]
-    return compiled
+def compile_one(model: str, target: str, program: str) -> dict[str, Any]:
+    """One program of a row, as `minigpt4 plan --compile` does it."""
+    config = load(TrainConfig, None, [*STAGE_1, f"model={model}"])
+    plan = make_plan(read_work(config), target_of(target))
+    (compiled,) = compile_plan(plan, config.optimizer, (program,))
+    return compiled.to_json()
 
 
 def main() -> None:
@@ -95,20 +81,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path)
     out = parser.parse_args().out
-    before = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    before = json.loads(out.read_text())["rows"] if out.exists() else {}
     rows, here = estimates(), versions()
-    if not here:
-        print("libtpu is not installed: estimates alone.", file=sys.stderr)
     for key, row in rows.items():  # what was compiled before
-        found = before["rows"].get(key, {})
+        found = before.get(key, {})
         same = found.get("run") == row["run"] and sizes(found) == sizes(row)
         if same and "compiled" in found and (not here or found["versions"] == here):
             row |= {"compiled": found["compiled"], "versions": found["versions"]}
-    for key, row in rows.items():
-        if here and "compiled" not in row and row["target"] in TPUS and key.endswith("cached"):
-            print(key, flush=True)
-            row |= {"compiled": compile_row(row), "versions": here}
-        out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if not here:
+        print("libtpu is not installed: estimates alone.", file=sys.stderr)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    for program in PROGRAMS:  # the train steps of all rows first
+        for key, row in rows.items():
+            found = row.get("compiled", [])
+            done = program in [each["name"] for each in found]
+            if done or row["target"] not in TPUS or not key.endswith("cached"):
+                continue
+            print(key, program, flush=True)
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                job = pool.submit(compile_one, row["model"], row["target"], program)
+                row |= {"compiled": [*found, job.result()], "versions": here}
+            out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

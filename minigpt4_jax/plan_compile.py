@@ -55,8 +55,13 @@ class Compiled:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
-def compile_plan(plan: Plan, optimizer: OptimizerConfig) -> list[Compiled]:
-    """Compiles the three programs of a plan for its slice, one after the other.
+PROGRAMS = ("train step", "prefill", "decode step")
+
+
+def compile_plan(
+    plan: Plan, optimizer: OptimizerConfig, programs: Sequence[str] = PROGRAMS
+) -> list[Compiled]:
+    """Compiles the programs of a plan for its slice, one after the other.
 
     Raises:
         UserError: libtpu is not installed, or refuses the slice.
@@ -67,11 +72,12 @@ def compile_plan(plan: Plan, optimizer: OptimizerConfig) -> list[Compiled]:
     abstract_params(
         plan.work.model
     )  # kept; made under the mesh of devices that are not there, it would ask for them
-    return [
-        measure("train step", functools.partial(_train_step, plan, optimizer, devices)),
-        measure("prefill", functools.partial(_prefill, plan, devices)),
-        measure("decode step", functools.partial(_decode_step, plan, devices)),
-    ]
+    compilers = {
+        "train step": functools.partial(_train_step, plan, optimizer, devices),
+        "prefill": functools.partial(_prefill, plan, devices),
+        "decode step": functools.partial(_decode_step, plan, devices),
+    }
+    return [measure(name, compilers[name]) for name in programs]
 
 
 def describe_devices(target: Slice) -> Sequence[Any]:
@@ -82,6 +88,9 @@ def describe_devices(target: Slice) -> Sequence[Any]:
         )
     # libtpu looks for the machine that it is on: a described slice is on none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # its lock is for chips; none is touched
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     for level in ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):

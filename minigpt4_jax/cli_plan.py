@@ -179,17 +179,17 @@ def _time_table(plan: Plan, utilisation: float) -> Any:
     rate = work.batch_size / time.floor
     table.add_row("the longest of these", f"{rate:,.0f} samples/s", f"{time.floor:.4f}")
     table.add_section()
-    table.add_row("the run at that floor", f"{plan.hours_floor:,.2f} hours", "")
-    table.add_row(
-        f"at {utilisation:.0%} utilisation", f"{plan.hours_at(utilisation):,.2f} hours", ""
-    )
+    table.add_row("the run at that floor", _duration(plan.hours_floor), "")
+    table.add_row(f"at {utilisation:.0%} utilisation", _duration(plan.hours_at(utilisation)), "")
     return table
 
 
+def _duration(hours: float) -> str:
+    return f"{hours:,.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
 def _show_changes(out: Any, plan: Plan, changes: list[Change]) -> None:
-    table = _table(
-        "It does not fit. What to change", "setting", "GiB", "of", "fits", "hours at least"
-    )
+    table = _table("It does not fit. What to change", "setting", "GiB", "of", "fits", "at least")
     for change in changes:
         found = change.plan
         table.add_row(
@@ -197,7 +197,7 @@ def _show_changes(out: Any, plan: Plan, changes: list[Change]) -> None:
             f"{found.memory.total / GIB:.1f}",
             f"{found.limit_bytes / GIB:.1f}",
             "yes" if found.fits else "no",
-            f"{found.hours_floor:,.2f}",
+            _duration(found.hours_floor),
         )
     out.print(table)
     if not changes or not changes[-1].plan.fits:

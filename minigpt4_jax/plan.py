@@ -42,6 +42,9 @@ STAGE_1 = (
 """What is planned where no configuration is named: the published first stage."""
 
 
+COUNT_BATCHES = ("max_steps", "warmup_steps", "iters_per_epoch")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a run computes, as far as memory and time go."""
@@ -51,7 +54,8 @@ class Work:
     batch_size: int
     accumulate: int
     """Batches per update."""
-    steps: int
+    schedule: Mapping[str, int]
+    """The settings of `OptimizerConfig` that count batches: `max_steps`, `warmup_steps`, `iters_per_epoch`."""
     length: int
     targets: int
     remat: str
@@ -62,6 +66,11 @@ class Work:
     """As configured; 0 for a size to be chosen."""
     notes: tuple[str, ...] = ()
     """What had to be guessed."""
+
+    @property
+    def steps(self) -> int:
+        """Batches of the whole run."""
+        return self.schedule["max_steps"]
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def read_work(
         model=model,
         batch_size=data.batch_size,
         accumulate=config.optimizer.accum_grad_iters,
-        steps=config.optimizer.max_steps,
+        schedule={name: getattr(config.optimizer, name) for name in COUNT_BATCHES},
         length=length,
         targets=targets or data.max_text_len,
         remat=config.remat,
@@ -239,11 +248,14 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Work, Slice]]:
                 remat=least,
                 batch_size=work.batch_size // parts,
                 accumulate=work.accumulate * parts,
-                steps=work.steps * parts,
+                schedule={name: count * parts for name, count in work.schedule.items()},
             )
+            counts = [
+                f"optimizer.{name}={count}" for name, count in smaller.schedule.items() if count
+            ]
             said = (
                 f"{prefix}{f'remat={least} ' if least != work.remat else ''}data.batch_size={smaller.batch_size} "
-                f"optimizer.accum_grad_iters={smaller.accumulate} optimizer.max_steps={smaller.steps}"
+                f"optimizer.accum_grad_iters={smaller.accumulate} {' '.join(counts)}"
             )
             yield said, smaller, target
     for larger in _larger(target):

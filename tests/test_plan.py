@@ -109,17 +109,32 @@ def test_the_first_change_that_fits_ends_the_list() -> None:
 
 
 def test_a_smaller_batch_keeps_the_samples_of_an_update_and_of_the_run() -> None:
-    plan = stage_1("model=vicuna-13b", "data.batch_size=4096", target="v5e:2x4")
+    plan = stage_1(
+        "model=vicuna-13b",
+        "data.batch_size=4096",
+        "optimizer.iters_per_epoch=500",
+        target="v5e:2x4",
+    )
     changes = what_to_change(plan)
     last = changes[-1].plan
     assert last.fits
     assert "optimizer.accum_grad_iters" in changes[-1].what
     assert last.work.batch_size * last.work.accumulate == 4096
     assert last.work.batch_size * last.work.steps == 4096 * 20_000
+    # Whatever counts batches counts more of them: the learning rate goes as before.
+    parts = last.work.accumulate
+    assert last.work.schedule == {name: parts * n for name, n in plan.work.schedule.items()}
     # What the command is told is what was planned.
     settings = [word for word in changes[-1].what.split() if "=" in word]
-    again = stage_1("model=vicuna-13b", "data.batch_size=4096", *settings, target="v5e:2x4")
+    again = stage_1(
+        "model=vicuna-13b",
+        "data.batch_size=4096",
+        "optimizer.iters_per_epoch=500",
+        *settings,
+        target="v5e:2x4",
+    )
     assert again.memory == last.memory
+    assert again.work.schedule == last.work.schedule
 
 
 def test_more_chips_are_the_last_resort() -> None:

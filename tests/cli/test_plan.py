@@ -33,6 +33,12 @@ def test_a_plan_that_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixt
     assert "remat=full" in out
 
 
+def test_a_short_run_is_shown_in_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", "vicuna-7b", "--gpu", "h200:1", "optimizer.max_steps=400"]
+    assert cli.main([*command, "optimizer.warmup_steps=0", "data.batch_size=12"]) == 0
+    assert "minutes" in capsys.readouterr().out
+
+
 def test_overrides_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--config", STAGE_1, "--tpu", "v5p:2x2x2", "--json"]
     assert cli.main([*command, "data.batch_size=512", "remat=full", "mesh.fsdp=8"]) == 0

@@ -55,7 +55,8 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The most that there is at any time."""
-        return sum(asdict(self).values()) - min(self.layer, self.logits)
+        parts: list[int] = list(asdict(self).values())
+        return sum(parts) - min(self.layer, self.logits)
 
 
 def train_memory(

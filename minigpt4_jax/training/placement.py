@@ -126,7 +126,8 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     """
     count = math.prod(mesh.shape[axis] for axis in ROWS)
     held: dict[int, set[int]] = {}
-    for device, (rows, *_) in rows_sharding(mesh).devices_indices_map((count,)).items():
+    places: Mapping[Any, Any] = rows_sharding(mesh).devices_indices_map((count,))
+    for device, (rows, *_) in places.items():
         held.setdefault(device.process_index, set()).update(range(*rows.indices(count)))
     return shares_of(held, count=count)[jax.process_index()]
 

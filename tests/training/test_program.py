@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -101,8 +102,8 @@ class Run:
 
 
 ADAM = OptimizerConfig(init_lr=0.03, min_lr=0.03, warmup_steps=0, max_steps=4, eps=1e-2)
-"""With an `eps` far above the rounding of a gradient (1e-7): an update follows its size, no steeper than `init_lr / eps`
-= 3. (Adam's first step goes by the sign alone otherwise, and rounding could turn one.)"""
+"""With an `eps` far above the rounding of a gradient (1e-7): an update follows its size, no steeper than `init_lr /
+eps` = 3. (Adam's first step goes by the sign alone otherwise, and rounding could turn one.)"""
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +132,20 @@ def test_a_mesh_gives_the_losses_and_the_projection_of_one_device(
         np.testing.assert_allclose(
             run.projection[name], alone.projection[name], rtol=0, atol=1e-4 * moved
         )
-    where = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(run.state)}
-    assert where == {True}  # optimizer counters, too
 
 
-@pytest.mark.parametrize("remat", ["names", "full"])
+def test_a_fresh_state_lies_whole_on_every_device_counters_too(params: Any) -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    state = start_state(params["llama_proj"], make_optimizer(ADAM), mesh=mesh)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding.is_fully_replicated
+        assert leaf.sharding.device_set == set(jax.devices())
+
+
 def test_what_is_computed_again_comes_out_the_same(
-    remat: str, params: Any, batches: list[TrainBatch], alone: Run
+    params: Any, batches: list[TrainBatch], alone: Run
 ) -> None:
-    run = Run(params, ADAM, remat=remat, data=1)
+    run = Run(params, ADAM, remat="full", data=1)  # `names` is what the meshes have
     for batch in batches:
         run.take(batch)
     np.testing.assert_allclose(run.losses, alone.losses, rtol=5e-6)
@@ -321,6 +327,29 @@ def test_fsdp_gathers_each_kernel_once_a_pass_and_moves_no_batch() -> None:
     )  # the layers' kernels in both passes, the embedding's rows, the head
     rows = SHAPE["batch_size"]
     assert [shape for shape in gathered if shape[0] == rows and len(shape) > 2][1:] == []
+
+
+def kept_by_the_forward_pass(remat: str) -> Counter[tuple[int, ...]]:
+    """Shapes of what the scan over the layers hands to the backward pass, of one layer."""
+    model = make_model(WIDE, layout=TRAIN, dtype=jnp.float32, remat=remat)
+    mesh = make_mesh(data=8)
+    state = program.abstract_state(WIDE, make_optimizer(OptimizerConfig()), mesh=mesh)
+    batch = program.abstract_batch(WIDE, mesh=mesh, **SHAPE)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *trees: loss_fn(*trees, model=model)[0]))(
+        state.projection, program_frozen(WIDE), batch
+    )
+    forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+    stacked = forward.outvars[forward.params["num_carry"] :]
+    used = {id(var) for eqn in jaxpr.eqns for var in eqn.invars}
+    return Counter(var.aval.shape[1:] for var in stacked if id(var) in used)
+
+
+def test_names_keeps_the_input_of_a_layer_and_where_its_nonlinearities_begin() -> None:
+    llama, rows = WIDE.llama, (SHAPE["batch_size"], SHAPE["length"])
+    stream = (*rows, llama.width)
+    heads, half = (*rows, llama.num_heads, llama.head_dim), (*rows, llama.mlp_width)
+    assert kept_by_the_forward_pass("names") == {stream: 2, heads: 3, half: 2}
+    assert kept_by_the_forward_pass("full") == {stream: 1}
 
 
 def test_remat_keeps_less_the_more_it_computes_again() -> None:

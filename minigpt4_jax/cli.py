@@ -1,4 +1,4 @@
-"""What a person types: `minigpt4 chat | caption | train | convert`. Arguments, printing and process-wide settings.
+"""What a person types: `minigpt4 chat | caption | train | plan | convert`. Arguments, printing, process-wide settings.
 
 Not for: logic worth testing without a terminal; that is in `api.py`, `loading.py` and `training/`.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.cli_caption import add_caption
 from minigpt4_jax.cli_options import add_model_options, load_model, set_up_jax, typed_generation
+from minigpt4_jax.cli_plan import add_plan
 from minigpt4_jax.config import UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_chat(commands)
     add_caption(commands)
     _add_train(commands)
+    add_plan(commands)
     convert = commands.add_parser(
         "convert", help="convert weights (the same as python -m convert)", add_help=False
     )

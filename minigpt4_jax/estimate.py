@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
+from minigpt4_jax.exchange import step_exchange
 from minigpt4_jax.flops import StepFlops as StepFlops
 from minigpt4_jax.flops import step_flops as step_flops
 from minigpt4_jax.hardware import GIB, Slice
@@ -22,8 +24,13 @@ from minigpt4_jax.parameters import count_parameters, layer_kernels
 
 USABLE = 0.92
 """Share of a device's memory that a step may be planned to fill: the rest is the runtime's, and what fragments."""
-NONE_KEEPS = 2.5
-"""What XLA keeps of a layer with remat=none, as a multiple of remat=names: 28.5 GiB against 11.4 (7B, 64 x 64)."""
+NONE_KEEPS = 2.8
+"""What XLA keeps of a layer with remat=none, as a multiple of remat=names. This and the next two are fitted to what
+XLA:TPU needs for the 7B step, 64 rows of 65 tokens with 32 targets on v5p; docs/plan.md has how well they do."""
+LAYER_BYTES = {"none": 40, "names": 40, "full": 20}
+"""Of each token and column of the MLP, what a layer's backward pass makes and drops, float32 for the most part."""
+LOGIT_BYTES = 14, 20
+"""Of each logit of a target: on whole weights, and where the LM head is split, so that parts are summed."""
 OPTIMIZER_BYTES = 16
 """Per trained number: itself, its gradient and AdamW's two moments, float32."""
 
@@ -37,16 +44,19 @@ class MemoryEstimate:
     activations: int
     """What the forward pass keeps of every layer for the backward pass."""
     layer: int
-    """The layer at work: its weights gathered from the others, and what is made and dropped within it."""
+    """The layer at work: weights gathered from other devices, and what is made and dropped within it."""
     optimizer: int
     """The projection, its gradient and the optimizer's moments."""
     logits: int
+    """Of the targets: themselves, their softmax and their gradients. Never at the same time as a layer's work."""
     vision: int
     """The image tower, the Q-Former and what they make on the way; 0 with cached features."""
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """The most that there is at any time."""
+        parts: list[int] = list(asdict(self).values())
+        return sum(parts) - min(self.layer, self.logits)
 
 
 def train_memory(
@@ -74,20 +84,20 @@ def train_memory(
     llama, tensor = model.llama, mesh["tensor"]
     rows = -(-batch_size // (mesh["data"] * mesh["fsdp"]))
     tokens, counts = rows * length, count_parameters(model)
-    gathered = 0
-    if mesh["fsdp"] > 1:  # one layer at work while the next one arrives
-        gathered = 2 * layer_kernels(llama) // tensor * dtype_bytes
-    temporary = tokens * 8 * llama.mlp_width // tensor  # gate and its gradient in float32
-    if remat == "full":
-        temporary += tokens * saved_elements(llama, "names", tensor=tensor) * dtype_bytes
+    gathered = head = 0
+    if mesh["fsdp"] * tensor > 1:
+        head = llama.vocab_size * llama.width * dtype_bytes
+    if mesh["fsdp"] > 1:
+        gathered = layer_kernels(llama) // tensor * dtype_bytes
+    made = tokens * LAYER_BYTES[remat] * llama.mlp_width // tensor
     return MemoryEstimate(
         weights=counts["llama"].on_device(mesh) * dtype_bytes,
         activations=(
             tokens * llama.num_layers * saved_elements(llama, remat, tensor=tensor) * dtype_bytes
         ),
-        layer=gathered + temporary,
+        layer=gathered + made,
         optimizer=counts["llama_proj"].total * OPTIMIZER_BYTES,
-        logits=rows * targets * llama.vocab_size * 8,  # and their gradient, float32
+        logits=rows * targets * llama.vocab_size * LOGIT_BYTES[head > 0] + head,
         vision=_vision_bytes(model, mesh, rows=rows, dtype_bytes=dtype_bytes) if vision else 0,
     )
 
@@ -113,51 +123,6 @@ def _vision_bytes(
     made = tokens * (4 * vit.width + 2 * vit.mlp_width // mesh["tensor"]) * dtype_bytes
     scores = rows * (vit.num_heads // min(mesh["tensor"], vit.num_heads)) * 4
     return weights + made + scores * (1 + vit.num_patches) ** 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """Bytes that one device takes in from others during a step."""
-
-    fsdp: float
-    """Weights gathered for the forward pass and again for the backward pass."""
-    tensor: float
-    """Sums of the residual stream, twice a layer in each direction, and of the logits."""
-    gradient: float
-    """The projection's, over `data` and `fsdp`."""
-
-    @property
-    def total(self) -> float:
-        return self.fsdp + self.tensor + self.gradient
-
-
-def step_exchange(
-    model: ModelConfig,
-    *,
-    mesh: Mapping[str, int],
-    batch_size: int,
-    length: int,
-    targets: int,
-    dtype_bytes: int,
-    vision: bool,
-) -> Exchange:
-    """Exchange of one step; the arguments are those of `train_memory`. Sums and gathers go round in a ring."""
-    llama, counts = model.llama, count_parameters(model)
-    fsdp, tensor = mesh["fsdp"], mesh["tensor"]
-    rows = -(-batch_size // (mesh["data"] * fsdp))
-    pictures = sum(counts[part].split for part in model.vision_parts) if vision else 0
-    gathers = (2 * counts["llama"].split + pictures) * dtype_bytes / tensor
-    stream = rows * length * llama.width * dtype_bytes
-    summed = 4 * llama.num_layers * stream + rows * targets * llama.vocab_size * 4
-    if vision:
-        vit = model.vit
-        summed += 2 * vit.num_layers * rows * (1 + vit.num_patches) * vit.width * dtype_bytes
-    copies = mesh["data"] * fsdp
-    return Exchange(
-        fsdp=gathers * (fsdp - 1) / fsdp,
-        tensor=summed * 2 * (tensor - 1) / tensor,
-        gradient=counts["llama_proj"].total * 4 * 2 * (copies - 1) / copies,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,53 +252,29 @@ def pick_mesh(
         UserError: sizes that cannot be had: not as many devices, or not dividing batch, heads or widths. Where nothing
             fits into memory there is no error: `fits` is False, and the mesh the one that needs least.
     """
-    meshes = [mesh for mesh in _meshes(chips) if _as_asked(mesh, asked)]
-    said = " ".join(f"{name}={asked[name]}" for name in ("data", "fsdp", "tensor"))
-    if not meshes:
-        raise UserError(
-            f"The mesh is {said} on {chips} devices; expected sizes whose product is {chips}, 0 for one to be chosen."
-        )
-    refused = {id(mesh): _why_not(model, mesh, batch_size) for mesh in meshes}
-    possible = [mesh for mesh in meshes if not refused[id(mesh)]]
-    if not possible:
-        raise UserError(
-            f"No mesh {said} of {chips} devices can be used: {refused[id(meshes[0])]}. Change data.batch_size, or the "
-            "sizes of the mesh."
-        )
-    configured = len(meshes) == 1 and min(asked.values()) > 0
+    possible = _possible(model, chips, asked, batch_size)
+    configured = min(asked.values()) > 0
     if target is None:
-        chosen = possible[0]
         why = (
             "as configured"
             if configured
             else "the memory of this device is not known, so weights are replicated as far as the mesh allows"
         )
-        return MeshChoice(**chosen, fits=True, reason=f"{_named(chosen)}: {why}.")
+        return MeshChoice(**possible[0], fits=True, reason=f"{_named(possible[0])}: {why}.")
+    work: dict[str, Any] = {
+        "batch_size": batch_size,
+        "length": length,
+        "targets": targets,
+        "remat": remat,
+        "dtype_bytes": dtype_bytes,
+        "vision": vision,
+    }
 
     def need(mesh: Mapping[str, int]) -> int:
-        return train_memory(
-            model,
-            mesh=mesh,
-            batch_size=batch_size,
-            length=length,
-            targets=targets,
-            remat=remat,
-            dtype_bytes=dtype_bytes,
-            vision=vision,
-        ).total
+        return train_memory(model, mesh=mesh, **work).total
 
     def seconds(mesh: Mapping[str, int]) -> float:
-        return step_time(
-            model,
-            target=target,
-            mesh=mesh,
-            batch_size=batch_size,
-            length=length,
-            targets=targets,
-            remat=remat,
-            dtype_bytes=dtype_bytes,
-            vision=vision,
-        ).in_turn
+        return step_time(model, target=target, mesh=mesh, **work).in_turn
 
     limit = USABLE * target.device.hbm_bytes
     fitting = [mesh for mesh in possible if need(mesh) <= limit]
@@ -348,12 +289,32 @@ def pick_mesh(
     elif chosen["fsdp"] == chosen["tensor"] == 1:
         why = f"the whole frozen weights fit, {each}, and none of them crosses a link"
     else:
-        whole = {"data": chips, "fsdp": 1, "tensor": 1}
+        whole = need({"data": chips, "fsdp": 1, "tensor": 1}) / GIB
         why = (
-            f"whole weights would need {need(whole) / GIB:.1f} GiB; of {len(fitting)} meshes that fit this has the "
-            f"shortest step, {each}"
+            f"whole weights would need {whole:.1f} GiB; of {len(fitting)} meshes that fit this has the shortest step, "
+            f"{each}"
         )
     return MeshChoice(**chosen, fits=bool(fitting), reason=f"{_named(chosen)}: {why}.")
+
+
+def _possible(
+    model: ModelConfig, chips: int, asked: Mapping[str, int], batch_size: int
+) -> list[dict[str, int]]:
+    """The meshes of so many devices that are as asked and can be used; raises as `pick_mesh`."""
+    said = " ".join(f"{name}={asked[name]}" for name in ("data", "fsdp", "tensor"))
+    meshes = [mesh for mesh in _meshes(chips) if _as_asked(mesh, asked)]
+    if not meshes:
+        raise UserError(
+            f"The mesh is {said} on {chips} devices; expected sizes whose product is {chips}, 0 for one to be chosen."
+        )
+    refused = [_why_not(model, mesh, batch_size) for mesh in meshes]
+    possible = [mesh for mesh, why in zip(meshes, refused, strict=True) if not why]
+    if not possible:
+        raise UserError(
+            f"No mesh {said} of {chips} devices can be used: {refused[0]}. Change data.batch_size, or the sizes of the "
+            "mesh."
+        )
+    return possible
 
 
 def _meshes(chips: int) -> list[dict[str, int]]:

@@ -227,11 +227,12 @@ class Slice:
         for side in sorted(self.topology, reverse=True):
             if taken >= span or side == 1:
                 break
-            links += 2 if self._closes(side) else 1
+            links += 2 if self.closes(side) else 1
             taken *= side
         return max(links, 1) * device.link_bytes_per_s
 
-    def _closes(self, side: int) -> bool:
+    def closes(self, side: int) -> bool:
+        """Whether the chips along a side of this length form a ring."""
         if len(self.topology) == 3:
             return all(each % 4 == 0 for each in self.topology)
         return len(self.topology) == 2 and side == 16

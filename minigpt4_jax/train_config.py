@@ -15,6 +15,8 @@ from typing import Literal
 from minigpt4_jax.config import UserError, require_positive
 
 PROMPTS = ("What is this?",)
+PROMPT_TOKENS = 64
+"""What an estimate takes a prompt to have, the template around it too: twice the published ones."""
 SOURCE_KINDS = ("cc_sbu_align", "jsonl", "tar", "array_record", "tfds")
 
 
@@ -125,6 +127,16 @@ class DataConfig:
         if self.folder:
             return {"folder": SourceConfig(kind="cc_sbu_align", path=self.folder)}
         return self.sources
+
+    def longest_sample(self, *, num_image_tokens: int) -> int:
+        """Tokens of the longest sample with one picture, for estimates: the last bucket, or what the limits add up to.
+
+        A prompt is not tokenised for this: `PROMPT_TOKENS` stand for it, bos and the template's own.
+        """
+        if self.length_buckets:
+            return self.length_buckets[-1]
+        words = PROMPT_TOKENS if self.prompts or self.prompt_path else 1
+        return words + num_image_tokens + self.max_text_len
 
 
 OPTIMIZERS = ("adamw", "muon")

@@ -26,9 +26,6 @@ from minigpt4_jax.hardware import Slice, slice_of
 from minigpt4_jax.sharding import AXES, ROWS, make_mesh, rows_sharding
 from minigpt4_jax.train_config import TrainConfig
 
-PROMPT_TOKENS = 64
-"""What the memory of a run without length buckets is estimated with, for the words around a picture."""
-
 
 class Choice(NamedTuple):
     """A mesh, and in one sentence why it is this one."""
@@ -92,9 +89,7 @@ def choose_mesh(
 def _longest(config: TrainConfig, model: ModelConfig) -> tuple[int, int]:
     """Tokens of a row and its targets that the run's memory is estimated with."""
     data = config.data
-    words = 1 if not data.prompts and not data.prompt_path else PROMPT_TOKENS
-    longest = words + model.num_image_tokens + data.max_text_len
-    return (data.length_buckets or (longest,))[-1], data.max_text_len
+    return data.longest_sample(num_image_tokens=model.num_image_tokens), data.max_text_len
 
 
 def _target(devices: Sequence[jax.Device]) -> Slice | None:

@@ -78,7 +78,7 @@ def small(target: Slice, num_bytes: int) -> Slice:
 
 
 @pytest.mark.parametrize(
-    ("hbm_bytes", "whole"), [(16 * 2**30, True), (500_000_000, False)], ids=["large", "small"]
+    ("hbm_bytes", "whole"), [(16 * 2**30, True), (700_000_000, False)], ids=["large", "small"]
 )
 def test_weights_are_whole_where_they_fit_and_shared_where_they_do_not(
     hbm_bytes: int, whole: bool, monkeypatch: pytest.MonkeyPatch

@@ -64,8 +64,12 @@ def add_late_checksums(folder: Path) -> None:
 def _write(folder: Path, kind: Kind, files: dict[str, Any]) -> None:
     (format_,) = (number for number, its_kind in _KINDS.items() if its_kind == kind)
     partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps({"format": format_, "files": files}, indent=0) + "\n")
-    os.replace(partial, folder / FILE)
+    try:
+        partial.write_text(json.dumps({"format": format_, "files": files}, indent=0) + "\n")
+        os.replace(partial, folder / FILE)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _checksums(folder: Path, names: Collection[str], *, kind: Kind) -> dict[str, dict[str, Any]]:

@@ -87,9 +87,11 @@ class TrainCheckpoints:
                 max_to_keep=self._max_to_keep,
                 create=True,
                 cleanup_tmp_directories=True,
-                # Called when all files are written and the step does not yet have its name.
                 async_options=ocp.options.AsyncOptions(
-                    post_finalization_callback=self._write_checksums
+                    # Called when all files are written and the step does not yet have its name.
+                    post_finalization_callback=self._write_checksums,
+                    # In the background, a folder that a full disk refuses is waited for, for five minutes.
+                    create_directories_asynchronously=False,
                 ),
             ),
             item_handlers={
@@ -279,10 +281,15 @@ class TrainCheckpoints:
         """
         with writable(self._folder):
             self._manager.wait_until_finished()
-            if self._saving is not None and jax.process_index() == 0:
+        step, self._saving = self._saving, None
+        if step is not None and jax.process_index() == 0:
+            try:
                 # Orbax wrote these behind the callback; a run killed before this line leaves them uncompared.
-                add_late_checksums(self._folder / str(self._saving))
-        self._saving = None
+                add_late_checksums(self._folder / str(step))
+            except OSError as error:  # the step is whole without them
+                _log.warning(
+                    "The checksums of step %d are without Orbax's own two: %s", step, error
+                )
 
     def discard_unfinished(self) -> None:
         """After a failed save: removes what it left, and forgets that it was begun. Whole steps stay."""

@@ -172,8 +172,8 @@ class Saver:
         wait_s = RETRY_S * 2 ** (self._failed - 1)
         self._retry_s = self._clock() + wait_s
         told += (
-            f" Training goes on and tries again in {wait_s:.0f} s; after {self._max_failed - self._failed} more "
-            "failures in a row it stops."
+            f" Training goes on and tries again in {wait_s:.0f} s (failed in a row: {self._failed}; at "
+            f"{self._max_failed} the run stops)."
         )
         _log.warning("%s", told)
         print(told, flush=True)

@@ -99,6 +99,6 @@ def _unless_broken(before: TrainState, after: TrainState, numbers: StepNumbers) 
     The sign keeps the steps that are on their way, when the loop reads this one's numbers, from moving what it left.
     """
     sound = (before.step >= 0) & jnp.isfinite(numbers.loss) & jnp.isfinite(numbers.grad_norm)
-    kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+    kept: TrainState = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
     stopped = jnp.minimum(before.step, -1 - before.step)
     return kept._replace(step=jnp.where(sound, after.step, stopped))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -169,29 +170,21 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_damage_in_any_file_sets_the_step_aside_and_the_one_before_is_restored(
+def test_a_damaged_step_is_set_aside_and_the_one_before_is_restored(
     run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run.with_name(f"{run.name}-whole")
-    run.rename(whole)
-    inside = [f.relative_to(whole) for f in (whole / "checkpoints" / "3").rglob("*") if f.is_file()]
-    assert {"_CHECKPOINT_METADATA", "checksums.json"} <= {f.name for f in inside}
-    assert {"state", "data_state", "meta"} <= {f.parts[2] for f in inside}
-    for file in inside:
-        shutil.copytree(whole, run)
-        damage(run / file)
-        found = restore(run)
-        assert (found.step, found.data_state) == (2, {"next": 2}), file
-        np.testing.assert_array_equal(found.state["x"], np.arange(500.0) * 2)
-        said = capsys.readouterr().out
-        assert f"{run / 'checkpoints' / '3'} is damaged: " in said
-        assert f"kept as {run / 'checkpoints' / '3.corrupt'}; the run goes on from step 2." in said
-        if file.name != "checksums.json":  # a bit in it speaks against the file it is about
-            assert file.relative_to("checkpoints/3").as_posix() in said
-        assert names(run) == ["1", "2", "3.corrupt"]
-        assert restore(run).step == 2
-        assert capsys.readouterr().out == ""
-        shutil.rmtree(run)
+    folder = run / "checkpoints" / "3"
+    file = max((f for f in (folder / "state").rglob("*") if f.is_file()), key=os.path.getsize)
+    damage(file)
+    found = restore(run)
+    assert (found.step, found.data_state) == (2, {"next": 2})
+    np.testing.assert_array_equal(found.state["x"], np.arange(500.0) * 2)
+    said = capsys.readouterr().out
+    assert f"{folder} is damaged: {file.relative_to(folder).as_posix()} " in said
+    assert f"kept as {folder}.corrupt; the run goes on from step 2." in said
+    assert names(run) == ["1", "2", "3.corrupt"]
+    assert restore(run).step == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_a_missing_item_sets_the_step_aside(run: Path) -> None:
@@ -238,7 +231,9 @@ def test_meta_comes_from_the_step_that_will_be_restored_and_renames_nothing(run:
 def test_a_step_of_another_tree_is_refused_and_not_set_aside(run: Path) -> None:
     flip(run / "checkpoints" / "3" / "meta" / "metadata")
     with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
-        with pytest.raises(CheckpointError, match="does not fit the model"):
+        with pytest.raises(
+            CheckpointError, match=r"^The training checkpoint .*/2 does not fit the"
+        ):
             checkpoints.restore_latest({"y": X["x"]})
         assert names(run) == ["1", "2", "3"]
 

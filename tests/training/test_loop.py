@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ import pytest
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.training import checkpoints as checkpoints_module
 from minigpt4_jax.training import loop, program
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import Metrics, read_metrics
+from minigpt4_jax.training.vision import CachedVision
 from tests.training.conftest import hold
 
 
@@ -232,27 +237,81 @@ def test_a_run_without_its_folders_says_which(missing: str, tmp_path: Path, run:
         run(tmp_path, f"{missing}=''")
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_saved(
-    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_loss_that_is_no_number_stops_before_its_update_and_names_the_samples(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, data_folder: Path
 ) -> None:
-    real = program.make_train_step
+    batches: list[Any] = []
+    real = CachedVision.features_of
 
-    def make_broken(*args: Any) -> Any:
-        step = real(*args)
+    def features_of(self: Any, batch: Any) -> jax.Array:
+        batches.append(batch)
+        factor = np.nan if len(batches) == 8 else 1.0
+        return real(self, batch) * factor
 
-        def train_step(state: Any, frozen: Any, batch: Any) -> Any:
-            after, numbers = step(state, frozen, batch)
-            loss = jax.numpy.where(after.step < 8, numbers.loss, jax.numpy.nan)
-            return after, numbers._replace(loss=loss)
-
-        return train_step
-
-    monkeypatch.setattr(program, "make_train_step", make_broken)
-    with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr"):
+    monkeypatch.setattr(CachedVision, "features_of", features_of)
+    with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr") as caught:
         run(tmp_path)
+    assert len(batches) == 8
+    pictures = [
+        json.loads((data_folder / "filter_cap.json").read_text())["annotations"][i]["image_id"]
+        for i in batches[-1]["image_index"]
+    ]
+    record = json.loads((tmp_path / "nonfinite_step_8_process_0.json").read_text())
+    assert (record["step"], record["loss"]) == (8, "nan")
+    assert {sample["source"] for sample in record["samples"]} == {"folder"}
+    assert [sample["index"] for sample in record["samples"]] == [
+        int(i) for i in batches[-1]["sample_index"]
+    ]
+    for picture, sample in zip(pictures, record["samples"], strict=True):
+        assert picture in sample["name"]
+        assert picture in str(caught.value)
     assert latest_step(tmp_path) == 4
-    assert [step for step, _ in losses(tmp_path)] == list(range(1, 8))
+    assert losses(tmp_path) == whole[0][:7]
     assert run.saved == {}
+    monkeypatch.undo()
+    projection = run(
+        tmp_path
+    )  # what was saved is sound: with the picture mended the run ends as it should
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(
+    tmp_path: Path, run: Any, whole: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path)
+    damaged = tmp_path / "checkpoints" / "10"
+    (damaged / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        run(tmp_path, "seed=7")  # another run: refused, and nothing is renamed
+    assert damaged.is_dir()
+    projection = run(tmp_path)
+    # 4, or 8 or the first step after it at which the save of 4 was on disk
+    said = re.search(r"kept as (\S+); the run goes on from step (\d+)\.", capsys.readouterr().out)
+    assert said is not None
+    assert said[1] == f"{damaged}.corrupt"
+    assert said[2] in ("4", "8", "9")
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+def test_a_disk_that_refuses_for_a_while_costs_the_run_no_step(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = checkpoints_module.write_checksums, 0
+
+    def refuse_once(folder: Path, **kind: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, **kind)
+
+    monkeypatch.setattr(checkpoints_module, "write_checksums", refuse_once)
+    projection = run(tmp_path)
+    assert latest_step(tmp_path) == 10
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
 
 
 # --- signals ---

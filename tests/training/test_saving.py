@@ -176,7 +176,7 @@ def test_a_failed_save_costs_only_itself_and_is_tried_again_after_a_while(
     said = capsys.readouterr().out
     assert "checkpoint of step 10 could not be written. " in said
     assert "File too large" in said
-    assert "tries again in 60 s; after 2 more failures in a row it stops" in said
+    assert "tries again in 60 s (failed in a row: 1; at 3 the run stops)" in said
     assert run.names() == ["5"]  # nothing half-written is left, nothing older is gone
     run.take(4, seconds=10)  # past step 15, too early
     assert run.started == [5, 10]

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,11 +65,17 @@ def test_reports_come_at_doubled_intervals(tmp_path: Path, monkeypatch: pytest.M
     assert "No step has finished" in path.read_text()
 
 
-def test_steps_that_finish_keep_it_quiet_and_it_ends_with_the_loop(tmp_path: Path) -> None:
+def test_steps_that_finish_keep_it_quiet_and_it_ends_with_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     path = tmp_path / "log"
-    with path.open("w") as file, Watchdog(5.0, file=file) as watchdog:
-        for step in range(100):
+    with path.open("w") as file, Watchdog(10.0, file=file) as watchdog:
+        for step in range(10):
+            now += 9.0  # never 10 s without a step, 90 s in all
             watchdog.beat(step)
+            time.sleep(0.005)  # time to look, for the other thread
     assert path.read_text() == ""
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 

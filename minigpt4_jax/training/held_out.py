@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,9 @@ Evaluate = Callable[[Projection, Batch, Vision], LossSum]
 def open_held_out(
     config: TrainConfig,
     preset: Preset,
-    encoder: Encoder,
     frozen: FrozenWeights,
     *,
+    encoder: Callable[[], Encoder],
     vision: Vision,
     mesh: Mesh,
     dtype: Any,
@@ -62,8 +62,8 @@ def open_held_out(
     """What `config.held_out` names, ready to be looked at; None where it names nothing.
 
     Args:
-        encoder: that of the run: the same template, prompts and limits.
         frozen: the frozen parameters, for features of the pictures.
+        encoder: makes that of the run: the same template, prompts and limits.
         vision: that of the run; where it encodes pictures in the loop, these too.
         caption: see `captions.Caption`; None: no captions.
 
@@ -85,7 +85,7 @@ def open_held_out(
     data = dataclasses.replace(data, folder="", sources=sources, random_resized_crop=False)
     picked = pick_samples(
         open_sources(data),
-        encoder,
+        encoder(),
         prompts=run_prompts(data) or (None,),
         max_samples=held_out.max_samples,
     )
@@ -165,7 +165,8 @@ def pick_samples(
     count = min(max_samples, len(everything))
     wanted = [everything[number * len(everything) // count] for number in range(count)]
     rows: dict[tuple[str, int], int] = {}
-    examples, asked, tokens, places = [], [], [], []
+    examples, asked, tokens = [], [], []
+    places: list[tuple[Part, int]] = []
     faults: list[SampleFault] = []
     for number, (part, index) in enumerate(wanted):
         choice = number % len(prompts)
@@ -233,12 +234,13 @@ def make_held_out_batches(
         length_multiple=length_multiple,
     )
     whole["target_mask"][size:] = False
+    arrays = cast(dict[str, np.ndarray], whole)
     rng = np.random.default_rng(0)  # a held-out picture is never cropped
 
     def make_batch(first: int) -> Batch:
-        size = batch_size // share[1]
-        begin = first + size * share[0]
-        batch = Batch(**{name: rows[begin : begin + size] for name, rows in whole.items()})
+        own = batch_size // share[1]
+        rows = slice(first + own * share[0], first + own * (share[0] + 1))
+        batch = cast(Batch, {name: array[rows] for name, array in arrays.items()})
         if pictures is not None:
             read = {row: source.read_image(row) for row in set(batch["image_index"].tolist())}
             seen = {row: pictures(data, f"picture {row}", rng=rng) for row, data in read.items()}
@@ -287,6 +289,7 @@ class HeldOut:
     def look(self, step: int, projection: Projection, metrics: Metrics) -> None:
         """Writes the loss, and what the model says of a few pictures, with the projection of after `step` steps."""
         loss, targets = self.loss(projection)
+        metrics.say(f"step {step}  held-out loss {loss:.4f} over {self._num_samples} samples")
         if self._captions is not None and metrics.writes:
             here = jax.tree.map(np.asarray, projection)  # only this process asks the model
             self._captions.write(step, here, metrics)

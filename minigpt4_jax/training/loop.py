@@ -126,8 +126,8 @@ def train(
             held_out = open_held_out(
                 config,
                 preset,
-                make_encoder(config, preset, tokenizer),
                 frozen,
+                encoder=lambda: make_encoder(config, preset, tokenizer),
                 vision=vision,
                 mesh=mesh,
                 dtype=dtype,

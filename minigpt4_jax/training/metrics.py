@@ -205,29 +205,27 @@ class Metrics:
         }
         if self._speed is not None:
             row |= self._speed(size.length, size.targets, step_s)
-        self._record(row, prefix="train")
+        self._record(row, {f"train/{name}": row[name] for name in row if name != "step"})
         self._show(step, row)
 
     def write_held_out(self, step: int, *, loss: float, samples: int, tokens: int) -> None:
         """Records a look at the held-out samples: their mean loss over `tokens` targets."""
         row = {"step": step, "held_out_loss": loss, "samples": samples, "targets": tokens}
         self.looks.add(step)
-        self._record(row, prefix="held_out")
-        self.say(f"step {step}  held-out loss {loss:.4f} over {samples} samples")
+        self._record(row, {"held_out/loss": loss})
 
     def say(self, text: str) -> None:
         """A line for people, from the process that writes."""
         if self.writes:
             print(text, flush=True)
 
-    def _record(self, row: Mapping[str, Any], *, prefix: str) -> None:
+    def _record(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         if not self.writes:
             return
         self._append(json.dumps(row).encode() + b"\n")
         if self.events is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.events.scalar(f"{prefix}/{name}", value, int(row["step"]))
+            for name, value in scalars.items():
+                self.events.scalar(name, value, row["step"])
 
     def _append(self, line: bytes) -> None:
         """Writes what there is room for; the rest of it is tried again with the next line."""
@@ -251,7 +249,9 @@ class Metrics:
         )
         if "utilisation" in row:
             numbers += f"  utilisation {row['utilisation']:.0%}"
-        self._progress.update(self._task, completed=step, numbers=numbers)
+        # A bar beside them must fit a terminal of 80 columns.
+        short = f"loss {mean:.3f}  {row['samples_per_s']:.1f}/s  wait {row['data_wait']:.0%}"
+        self._progress.update(self._task, completed=step, numbers=short)
         if not self._progress.console.is_terminal and step % self._log_every == 0:
             self.say(
                 f"step {step}/{self._max_steps}  {numbers}  {row['time_left_s'] / 60:.1f} min left"

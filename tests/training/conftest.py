@@ -17,6 +17,7 @@ from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.frozen import FrozenArrays
 from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.state import Projection
@@ -124,6 +125,7 @@ class Runner:
         *overrides: str,
         start: Projection | None = None,
         frozen: dict[str, Any] | None = None,
+        caption: Caption | None = None,
     ) -> Projection:
         return train(
             self._make_config(workdir, *overrides),
@@ -131,6 +133,7 @@ class Runner:
             tokenizer=byte_tokenizer(),
             start=start,
             save_projection=self.saved.__setitem__,
+            caption=caption,
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minigpt4_jax.data.pipeline import Pipeline
 from minigpt4_jax.training.account import FILE, Account, read_account
-from minigpt4_jax.training.metrics import Metrics, StepSize
+from minigpt4_jax.training.metrics import Metrics, StepSize, read_metrics
 from tests.training.clock import Clock
 
 SIZE = StepSize(samples=4, tokens=60, length=20, targets=8)
@@ -89,3 +91,37 @@ def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Monk
         clock.pass_s(5)
         account.begin("step")
     assert not (tmp_path / FILE).exists()
+
+
+def test_a_run_accounts_for_waiting_compiling_saving_and_what_it_did_twice(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_next, real_write = Pipeline.__next__, Metrics.write
+
+    def slow(self: Any) -> Any:
+        time.sleep(0.05)
+        return real_next(self)
+
+    def stop(self: Any, step: int, **numbers: Any) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+        real_write(self, step, **numbers)
+
+    monkeypatch.setattr(Pipeline, "__next__", slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    before = read_account(tmp_path)
+    done_twice = sum(r["step_s"] - r["data_wait_s"] for r in read_metrics(tmp_path)[4:])
+    run(tmp_path)
+    found, rows = read_account(tmp_path), read_metrics(tmp_path)
+    assert before["lost"] == 0 < done_twice
+    assert found["lost"] == pytest.approx(done_twice, abs=2e-3)
+    assert found["data_wait"] >= 0.05 * (8 + 6)
+    for phase in ("init", "compile", "step", "checkpoint"):
+        assert found[phase] > before[phase] * 0.5 > 0, phase
+    # Numbers are read one step late: a line has the wait for the batch behind it, and the last one has none.
+    assert all(row["data_wait_s"] >= 0.05 for row in rows[:3])
+    assert all(0 < row["data_wait"] < 1 for row in rows)
+    assert 0 < rows[-1]["goodput"] < 1

@@ -238,8 +238,8 @@ class ModelFolder:
                 that is in none (`{"llama": {"norm": {"scale": ...}}}`); what it was made from is freed.
 
         Returns:
-            A tree like `abstract` of `jax.Array`, or of what `transform` gave. Memory beside it: on a host one device's
-            part of one leaf, on the devices nothing, or with `transform` the layer that it works on.
+            A tree like `abstract` of `jax.Array`, or of what `transform` gave. Memory beside it: on a host what its
+            devices hold of one leaf, on the devices nothing, or with `transform` the layer that it works on.
 
         Raises:
             CheckpointError: the folder holds another model; every difference is listed.
@@ -311,8 +311,16 @@ class ModelFolder:
             dtype if dtype is not None and jax.numpy.issubdtype(stored, np.floating) else stored
         )
 
+        found: dict[tuple[tuple[int | None, int | None], ...], Array] = {}
+
         def part(index: tuple[slice, ...] | None) -> Array:
-            index = index or ()
+            """Once for all devices that hold the same part."""
+            where = tuple((cut.start, cut.stop) for cut in index or ())
+            if where not in found:
+                found[where] = read(index or ())
+            return found[where]
+
+        def read(index: tuple[slice, ...]) -> Array:
             if name in self._files:
                 return np.asarray(self._files[name].read(name, index)).astype(target)
             chosen = members[index[0]] if index else members

@@ -292,3 +292,36 @@ def test_kv_heads_that_the_mesh_does_not_divide_are_refused() -> None:
     mesh = jax.sharding.AbstractMesh((1, 1, 4), AXES)
     with pytest.raises(UserError, match=r"tensor=4 and the language model 6 kv heads.* 1, 2, 3, 6"):
         cache_sharding(mesh, num_kv_heads=6)
+
+
+# --- several hosts ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh asks of a device; of hosts that are not there."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "none"
+
+    @property
+    def client(self) -> Any:
+        return jax.devices()[0].client
+
+
+def hosts_along(axis: str, **sizes: int) -> list[set[int]]:
+    """Which of four hosts with two devices each stand at each place of an axis."""
+    # Named in turn, so that the order of the devices alone would not do.
+    devices: list[Any] = [FakeDevice(number, number % 4) for number in range(8)]
+    with without_signature_checks():
+        mesh = make_mesh(**sizes, devices=devices)
+    grid = np.moveaxis(mesh.devices, AXES.index(axis), 0)
+    return [{device.process_index for device in place.flat} for place in grid]
+
+
+def test_data_crosses_the_hosts_and_nothing_else_does() -> None:
+    assert hosts_along("data", data=4, fsdp=2) == [{0}, {1}, {2}, {3}]
+    assert hosts_along("data", data=8) == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
+    assert hosts_along("data", data=4, tensor=2) == [{0}, {1}, {2}, {3}]

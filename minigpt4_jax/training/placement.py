@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,33 +121,34 @@ def _fitting_batches(config: TrainConfig, count: int) -> str:
     return f" A data.batch_size of {' or '.join(map(str, fitting))} would fit."
 
 
-def batch_share(mesh: Mesh, *, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch a process reads, and of how many: (0, 1) where it reads it all.
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads, and of how many: (0, 1) where it reads it all.
 
-    Processes that hold the same rows (tensor parallelism between hosts) read the same part. Consecutive rows lie on the
-    devices of one process.
-
-    Args:
-        process: default: this one.
+    Processes that hold the same rows (tensor parallelism between hosts) read the same part.
 
     Raises:
-        UserError: the mesh gives processes parts that overlap or differ in size.
+        UserError: the mesh gives processes parts that overlap, differ in size or are not consecutive rows.
     """
-    process = jax.process_index() if process is None else process
     count = math.prod(mesh.shape[axis] for axis in ROWS)
-    rows: dict[int, set[int]] = {}
-    for device, (place, *_) in rows_sharding(mesh).devices_indices_map((count,)).items():
-        rows.setdefault(device.process_index, set()).update(range(*place.indices(count)))
-    shares = sorted({tuple(sorted(found)) for found in rows.values()})
-    size = len(shares[0])
-    if [row for share in shares for row in share] != list(range(count)) or any(
-        len(share) != size for share in shares
-    ):
+    held: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = rows_sharding(mesh).devices_indices_map((count,))
+    for device, (rows, *_) in places.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(count)))
+    return shares_of(held, count=count)[jax.process_index()]
+
+
+def shares_of(held: Mapping[int, Collection[int]], *, count: int) -> dict[int, tuple[int, int]]:
+    """Process -> (part, parts), by the rows of `count` that each holds. Raises as `batch_share`."""
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    in_order = [row for part in parts for row in part] == list(range(count))
+    if not in_order or len({len(part) for part in parts}) > 1:
         raise UserError(
-            f"On the mesh {dict(mesh.shape)} the processes hold rows {shares} of {count}; expected equal parts in "
-            "their order. Choose sizes of which data is a multiple of the number of hosts."
+            f"The processes of this mesh hold the rows {parts} of every {count}; expected equal parts, one after the "
+            "other. Choose a mesh.data that is a multiple of the number of hosts."
         )
-    return shares.index(tuple(sorted(rows[process]))), len(shares)
+    return {
+        process: (parts.index(tuple(sorted(rows))), len(parts)) for process, rows in held.items()
+    }
 
 
 def place_rows(rows: Any, mesh: Mesh) -> Any:

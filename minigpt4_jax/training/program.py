@@ -124,18 +124,19 @@ def lower_train_step(
     """
     tx = make_optimizer(optimizer_config)
     model = make_model(model_config, layout=TRAIN, dtype=dtype, remat=remat)
-    step: Callable[..., Any] = jax.jit(
+    step: Any = jax.jit(  # its own type hides `lower`
         make_train_step(model, tx), donate_argnums=0, out_shardings=replicated(mesh)
     )
     batch = abstract_batch(
         model_config, mesh=mesh, batch_size=batch_size, length=length, targets=targets
     )
     with jax.set_mesh(mesh):
-        return step.lower(  # type: ignore[attr-defined,no-any-return]  # jit's own type hides `lower`
+        lowered: jax.stages.Lowered = step.lower(
             abstract_state(model_config, tx, mesh=mesh),
             abstract_frozen(model_config, mesh=mesh, dtype=dtype),
             batch,
         )
+    return lowered
 
 
 class TrainPrograms:
@@ -166,7 +167,8 @@ class TrainPrograms:
         """The program for one shape."""
         shape = (batch_size, length, targets)
         if shape not in self._compiled:
-            self._compiled[shape] = self._lower(*shape).compile()
+            lowered: Any = self._lower(*shape)  # whose `compile` has no types
+            self._compiled[shape] = lowered.compile()
         return self._compiled[shape]
 
     def compile_ahead(

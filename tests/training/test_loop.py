@@ -154,6 +154,23 @@ def test_what_changes_no_number_may_change_between_runs(
     assert_identical(projection, whole[1])
 
 
+def test_a_run_goes_on_on_another_mesh(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Begun on one device, then on four with the frozen weights in halves: the same sums in another order.
+    with monkeypatch.context() as patch:
+        interrupt(patch, "Metrics.write", step=3, with_signal=signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    projection = run(tmp_path, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1", "remat=full")
+    found, expected = losses(tmp_path), whole[0]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert found[:3] == expected[:3]
+    assert found[3:] != expected[3:]
+    np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-4)
+    np.testing.assert_allclose(projection["kernel"], whole[1]["kernel"], rtol=0, atol=1e-3)
+
+
 # --- refused ---
 
 

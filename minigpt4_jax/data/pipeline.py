@@ -306,7 +306,7 @@ class _BatchMaker:
         tokens = [sample.tokens for sample in samples]
         batch = pad_batch(tokens, [sample.image_index for sample in samples], shape=shape)
         batch["source"] = np.asarray([sample.part for sample in samples], np.int32)
-        batch["sample_index"] = np.asarray([sample.index for sample in samples], np.int64)
+        batch["sample_index"] = np.asarray([sample.number for sample in samples], np.int64)
         pixels = [sample.pixels for sample in samples if sample.pixels is not None]
         if pixels:
             batch["pixels"] = np.stack(pixels)

@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     """A row of a batch."""
 
     part: int
-    index: int
+    number: int
     """In its source; of a corrupt sample that of the one in its place."""
     tokens: ExampleTokens
     image_index: int
@@ -181,7 +181,7 @@ class SampleReader:
             first = words.faults[0]
             fault = Fault(words.pick.sample, first.reason, str(first))
         row = self._offsets[words.pick.part] + words.image_row
-        return Sample(words.pick.part, words.index, words.tokens, row, pixels, fault)
+        return Sample(words.pick.part, words.sample, words.tokens, row, pixels, fault)
 
     def _blank(self, words: Words) -> Sample:
         assert self._pictures is not None  # only a picture's fault comes this late

@@ -151,15 +151,17 @@ class TrainPrograms:
         remat: str,
         dtype: DTypeLike,
     ) -> None:
-        self._lower = lambda batch_size, length, targets: lower_train_step(
-            model_config,
-            optimizer_config,
-            mesh=mesh,
-            batch_size=batch_size,
-            length=length,
-            targets=targets,
-            remat=remat,
-            dtype=dtype,
+        self._lower: Callable[[int, int, int], Any] = lambda batch_size, length, targets: (
+            lower_train_step(
+                model_config,
+                optimizer_config,
+                mesh=mesh,
+                batch_size=batch_size,
+                length=length,
+                targets=targets,
+                remat=remat,
+                dtype=dtype,
+            )
         )
         self._compiled: dict[tuple[int, int, int], jax.stages.Compiled] = {}
 
@@ -167,8 +169,7 @@ class TrainPrograms:
         """The program for one shape."""
         shape = (batch_size, length, targets)
         if shape not in self._compiled:
-            lowered: Any = self._lower(*shape)  # whose `compile` has no types
-            self._compiled[shape] = lowered.compile()
+            self._compiled[shape] = self._lower(*shape).compile()
         return self._compiled[shape]
 
     def compile_ahead(

@@ -21,6 +21,7 @@ from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.datasets import Part, image_offsets, open_sources
 from minigpt4_jax.data.encoding import Encoder
 from minigpt4_jax.data.faults import SampleFault
+from minigpt4_jax.data.padding import batch_shapes
 from minigpt4_jax.data.pipeline import Pipeline, make_pipeline
 from minigpt4_jax.data.prompts import (
     encode_pieces,
@@ -34,7 +35,7 @@ from minigpt4_jax.models.layout import TRAIN
 from minigpt4_jax.models.minigpt4 import make_model
 from minigpt4_jax.presets import Preset
 from minigpt4_jax.sharding import make_shardings, replicated
-from minigpt4_jax.train_config import DataConfig, TrainConfig
+from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training.account import Account
 from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
@@ -121,7 +122,7 @@ def train(
                 )
                 state, step = start_state(agree(projection), tx, mesh=mesh), 0
             take_step, evaluate = _make_step(
-                config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype
+                config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype, account=account
             )
             held_out = open_held_out(
                 config,
@@ -171,6 +172,7 @@ def _make_step(
     vision: Vision,
     mesh: Mesh,
     dtype: Any,
+    account: Account,
 ) -> tuple[TakeStep, Evaluate]:
     """The compiled step and the compiled loss with everything that stays the same during a run.
 
@@ -179,8 +181,8 @@ def _make_step(
     programs = TrainPrograms(
         preset.model, config.optimizer, mesh=mesh, remat=config.remat, dtype=dtype
     )
-    shapes = _batch_shapes(config.data)
-    with make_progress(quiet=not shapes) as progress:
+    shapes = batch_shapes(config.data)
+    with account.spend("compile"), make_progress(quiet=not shapes) as progress:
         task = progress.add_task("compiling", total=len(shapes), numbers="")
         programs.compile_ahead(
             shapes,
@@ -199,12 +201,6 @@ def _make_step(
             return found
 
     return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh)), evaluate
-
-
-def _batch_shapes(data: DataConfig) -> list[tuple[int, int]]:
-    """Every (length, targets) that batches will have; none where `data.length_buckets` does not say."""
-    targets = -(-data.max_text_len // data.length_multiple) * data.length_multiple
-    return [(length, targets) for length in data.length_buckets]
 
 
 def make_encoder(config: TrainConfig, preset: Preset, tokenizer: Tokenizer) -> Encoder:

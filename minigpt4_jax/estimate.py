@@ -225,6 +225,11 @@ class MeshChoice:
         return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
+UNKNOWN = (
+    "the memory of this device is not known, so weights are replicated as far as the mesh allows"
+)
+
+
 def pick_mesh(
     model: ModelConfig,
     *,
@@ -255,11 +260,7 @@ def pick_mesh(
     possible = _possible(model, chips, asked, batch_size)
     configured = min(asked.values()) > 0
     if target is None:
-        why = (
-            "as configured"
-            if configured
-            else "the memory of this device is not known, so weights are replicated as far as the mesh allows"
-        )
+        why = "as configured" if configured else UNKNOWN
         return MeshChoice(**possible[0], fits=True, reason=f"{_named(possible[0])}: {why}.")
     work: dict[str, Any] = {
         "batch_size": batch_size,
@@ -283,18 +284,25 @@ def pick_mesh(
         f"{need(chosen) / GIB:.1f} of {limit / GIB:.1f} GiB on each of {chips} {target.device.name}"
     )
     if configured:
-        why = f"as configured; {each}"
+        why = "as configured"
     elif not fitting:
-        why = f"nothing fits, this needs least: {each}"
-    elif chosen["fsdp"] == chosen["tensor"] == 1:
-        why = f"the whole frozen weights fit, {each}, and none of them crosses a link"
+        why = "nothing fits, this needs least"
     else:
-        whole = need({"data": chips, "fsdp": 1, "tensor": 1}) / GIB
-        why = (
-            f"whole weights would need {whole:.1f} GiB; of {len(fitting)} meshes that fit this has the shortest step, "
-            f"{each}"
-        )
-    return MeshChoice(**chosen, fits=bool(fitting), reason=f"{_named(chosen)}: {why}.")
+        whole = need({"data": chips, "fsdp": 1, "tensor": 1})
+        why = _why(chosen, fitting=len(fitting), whole=whole)
+    return MeshChoice(**chosen, fits=bool(fitting), reason=f"{_named(chosen)}: {why}; {each}.")
+
+
+def _why(chosen: Mapping[str, int], *, fitting: int, whole: int) -> str:
+    """Why this one of the meshes that fit; `whole` is what whole weights would need, in bytes."""
+    if chosen["fsdp"] == chosen["tensor"] == 1:
+        return "the whole frozen weights fit, and none of them crosses a link"
+    among = (
+        f"of {fitting} meshes that fit this has the shortest step"
+        if fitting > 1
+        else "only this mesh fits"
+    )
+    return f"whole weights would need {whole / GIB:.1f} GiB; {among}"
 
 
 def _possible(

@@ -156,7 +156,7 @@ def test_a_mesh_that_was_configured_too_small_is_left_to_the_run_first() -> None
 
 def test_a_sentence_about_the_mesh_has_its_numbers() -> None:
     plan = stage_1(target="v6e:2x4")
-    assert plan.mesh.reason.startswith("data=8 fsdp=1 tensor=1: the whole frozen weights fit, ")
+    assert plan.mesh.reason.startswith("data=8 fsdp=1 tensor=1: the whole frozen weights fit, and ")
     assert f"of {USABLE * 32:.1f} GiB on each of 8 v6e" in plan.mesh.reason
 
 

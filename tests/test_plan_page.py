@@ -34,12 +34,12 @@ def test_the_file_holds_what_the_arithmetic_gives_today() -> None:
 
 
 @pytest.mark.parametrize("key", COMPILED)
-def test_the_estimate_of_a_train_step_is_within_a_tenth_of_the_compilers(key: str) -> None:
+def test_the_estimate_of_a_train_step_is_within_two_hundredths_of_the_compilers(key: str) -> None:
     compiled = ROWS[key]["compiled"]
     assert [each["name"] for each in compiled] == list(PROGRAMS[: len(compiled)])
     assert [each["error"] for each in compiled] == [""] * len(compiled)
     guess = ROWS[key]["bytes_per_device"]["total"]
-    assert guess == pytest.approx(compiled[0]["total_bytes"], rel=0.1)
+    assert guess == pytest.approx(compiled[0]["total_bytes"], rel=0.02)
     assert ROWS[key]["fits"]
 
 
@@ -48,9 +48,11 @@ def test_the_page_names_every_device_and_the_commands_that_run(
 ) -> None:
     assert all(f"`{name}`" in PAGE for name in DEVICES)
     commands = [
-        line.split("&& ")[-1].split() for line in PAGE.splitlines() if "minigpt4 plan --" in line
+        line.removeprefix("$ ").split("&& ")[-1].split()
+        for line in PAGE.splitlines()
+        if "minigpt4 plan --" in line
     ]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         words = [str(ROOT / word) if word.startswith("configs/") else word for word in command[1:]]
         assert cli.main([word for word in words if word != "--compile"]) == 0

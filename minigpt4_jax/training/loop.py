@@ -195,7 +195,8 @@ def _make_step(
 
     def evaluate(projection: Projection, batch: Batch, seen: Vision) -> LossSum:
         with jax.set_mesh(mesh):
-            return eval_step(projection, llama, _to_device(batch, seen, mesh))
+            summed: LossSum = eval_step(projection, llama, _to_device(batch, seen, mesh))
+        return summed
 
     return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh)), evaluate
 

@@ -151,7 +151,7 @@ class TrainPrograms:
         remat: str,
         dtype: DTypeLike,
     ) -> None:
-        self._lower = lambda batch_size, length, targets: lower_train_step(
+        self._lower: Callable[..., Any] = lambda batch_size, length, targets: lower_train_step(
             model_config,
             optimizer_config,
             mesh=mesh,

@@ -86,7 +86,7 @@ def find_cluster(config: DistributedConfig, environment: Mapping[str, str]) -> F
     if all(name in environment for name in SLURM):
         return _slurm(environment)
     # `import jax` sets it on a TPU host where libtpu is installed (jax/_src/cloud_tpu_init.py).
-    platforms = jax.config.jax_platforms
+    platforms = str(getattr(jax.config, "jax_platforms") or "")  # noqa: B009  (jax's types do not name its settings)
     if environment.get("TPU_ML_PLATFORM") == "JAX" and (not platforms or "tpu" in platforms):
         return _tpu(environment)
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:

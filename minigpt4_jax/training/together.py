@@ -159,7 +159,7 @@ class _Others:
     def __init__(self) -> None:
         self._me = f"process {jax.process_index()} of {jax.process_count()}"
         self._said = "it was interrupted"
-        self._client = jax_distributed.global_state.client
+        self._client: Any = jax_distributed.global_state.client
         self._over = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="farewell", daemon=True)
         self._listener.start()

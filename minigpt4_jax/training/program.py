@@ -8,6 +8,7 @@ Differs from the original, which runs eagerly. Nothing here reads files, picture
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,15 +152,8 @@ class TrainPrograms:
         remat: str,
         dtype: DTypeLike,
     ) -> None:
-        self._lower: Callable[..., Any] = lambda batch_size, length, targets: lower_train_step(
-            model_config,
-            optimizer_config,
-            mesh=mesh,
-            batch_size=batch_size,
-            length=length,
-            targets=targets,
-            remat=remat,
-            dtype=dtype,
+        self._lower = functools.partial(
+            lower_train_step, model_config, optimizer_config, mesh=mesh, remat=remat, dtype=dtype
         )
         self._compiled: dict[tuple[int, int, int], jax.stages.Compiled] = {}
 
@@ -167,7 +161,7 @@ class TrainPrograms:
         """The program for one shape."""
         shape = (batch_size, length, targets)
         if shape not in self._compiled:
-            lowered: Any = self._lower(*shape)  # whose `compile` has no types
+            lowered = self._lower(batch_size=batch_size, length=length, targets=targets)
             self._compiled[shape] = lowered.compile()
         return self._compiled[shape]
 

@@ -339,7 +339,7 @@ def kept_by_the_forward_pass(remat: str) -> Counter[tuple[int, ...]]:
         state.projection, program_frozen(WIDE), batch
     )
     forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
-    stacked = forward.outvars[forward.params["num_carry"] :]
+    stacked = [var for var in forward.outvars if var.aval.shape[:1] == (WIDE.llama.num_layers,)]
     used = {id(var) for eqn in jaxpr.eqns for var in eqn.invars}
     return Counter(var.aval.shape[1:] for var in stacked if id(var) in used)
 

@@ -212,20 +212,19 @@ def test_samples_are_spread_over_the_set_and_broken_ones_are_said(
         pick_samples(parts, encoder, prompts=PROMPTS, max_samples=1)
 
 
-def test_processes_share_the_rows_of_every_batch(
-    held_out: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_share_the_rows_of_every_batch(held_out: Path, encoder: Encoder) -> None:
     picked = pick_samples(
         [Part("a", CcSbuAlign(held_out))], encoder, prompts=PROMPTS, max_samples=9
     )
-    make = make_held_out_batches(picked, batch_size=4, length_multiple=16, pictures=None)
-    whole = make()
+
+    def make(*share: int) -> list[Any]:
+        return make_held_out_batches(
+            picked, batch_size=4, length_multiple=16, pictures=None, share=(share[0], share[1])
+        )()
+
+    whole = make(0, 1)
     assert [batch["target_mask"].any(axis=1).sum() for batch in whole] == [4, 1]
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    shares = []
-    for index in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        shares.append(make())
+    shares = [make(0, 2), make(1, 2)]
     for batch, first, second in zip(whole, *shares, strict=True):
         for name, rows in batch.items():
             np.testing.assert_array_equal(np.concatenate([first[name], second[name]]), rows)

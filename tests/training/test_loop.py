@@ -268,17 +268,16 @@ def test_a_loss_that_is_no_number_stops_before_its_update_and_names_the_samples(
     monkeypatch.setattr(CachedVision, "features_of", features_of)
     with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr") as caught:
         run(tmp_path)
-    assert len(batches) == 9, "a step is read when the next one was dispatched"
+    assert len(batches) in (8, 9)  # read before a save, or when the next step was dispatched
+    bad = batches[7]
     pictures = [
         json.loads((data_folder / "filter_cap.json").read_text())["annotations"][i]["image_id"]
-        for i in batches[7]["image_index"]
+        for i in bad["image_index"]
     ]
     record = json.loads((tmp_path / "nonfinite_step_8_process_0.json").read_text())
     assert (record["step"], record["loss"]) == (8, "nan")
     assert {sample["source"] for sample in record["samples"]} == {"folder"}
-    assert [sample["index"] for sample in record["samples"]] == [
-        int(i) for i in batches[7]["sample_index"]
-    ]
+    assert [sample["index"] for sample in record["samples"]] == bad["sample_index"].tolist()
     for picture, sample in zip(pictures, record["samples"], strict=True):
         assert picture in sample["name"]
         assert picture in str(caught.value)

@@ -51,7 +51,7 @@ def test_the_error_names_step_numbers_and_samples(
     message = str(caught.value)
     assert f"loss of step 7 is {loss} and the length of its gradient {grad_norm}" in message
     assert "dogs[4] (c), cats[1] (b), cats[2]; all 3 are in" in message
-    assert json.loads((tmp_path / "nonfinite_step_7.json").read_text())["samples"] == [
+    assert json.loads((tmp_path / "nonfinite_step_7_process_0.json").read_text())["samples"] == [
         {"source": "dogs", "index": 4, "name": "c"},
         {"source": "cats", "index": 1, "name": "b"},
         {"source": "cats", "index": 2, "name": None},
@@ -60,11 +60,15 @@ def test_the_error_names_step_numbers_and_samples(
 
 def test_a_large_batch_is_whole_in_the_file_and_the_message_says_so(tmp_path: Path) -> None:
     rows = batch(*((1, index) for index in range(20)))
-    with pytest.raises(UserError, match=r"dogs\[7\] \(c\), \.\.\.; all 20 are in .*step_7\.json"):
+    with pytest.raises(
+        UserError, match=r"dogs\[7\] \(c\), \.\.\.; all 20 are in .*step_7_process_0\.json"
+    ):
         require_finite(
             7, loss=float("nan"), grad_norm=1.0, batch=rows, parts=PARTS, workdir=tmp_path
         )
-    assert len(json.loads((tmp_path / "nonfinite_step_7.json").read_text())["samples"]) == 20
+    assert (
+        len(json.loads((tmp_path / "nonfinite_step_7_process_0.json").read_text())["samples"]) == 20
+    )
 
 
 def test_a_file_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training import loop
+from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import read_metrics
 from tests.planted import HTML, Planted, plant
 from tests.training.conftest import ONE_DEVICE, hold
@@ -70,8 +71,11 @@ def data_state(workdir: Path, step: int) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run, with crops."""
-    return train(tmp_path_factory.mktemp("whole"), "data.random_resized_crop=true")
+    """The uninterrupted run, with crops; each save is waited for, so that every step has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        wait = TrainCheckpoints.wait_until_finished
+        patch.setattr(TrainCheckpoints, "busy", property(lambda self: bool(wait(self))))
+        return train(tmp_path_factory.mktemp("whole"), "data.random_resized_crop=true")
 
 
 def test_faults_of_a_run_are_counted_as_planted(whole: Path, planted: Planted) -> None:

@@ -23,7 +23,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import measuring
-from full_size import abstract_decode, random_params
+from full_size import abstract_params_in, random_params
 from measuring import Row
 
 from minigpt4_jax.config import ModelConfig
@@ -237,7 +237,7 @@ def main() -> None:
     config = get_preset(args.preset).model
     head = {"hardware": measuring.hardware(), "preset": args.preset, "dtype": args.dtype}
     results = measuring.Results(args.out, head)
-    abstract = abstract_decode(config, DECODE, args.dtype)
+    abstract = abstract_params_in(config, DECODE, args.dtype)
     params = random_params({"llama": abstract["llama"]})
     names = {f"batch_{batch}": batch for batch in args.batches}
     for name in filter(results.missing, names):

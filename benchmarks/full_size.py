@@ -1,4 +1,4 @@
-"""Random weights of any size, made where they are used: on the device, in the layout that decoding reads.
+"""Random weights of any size, made where they are used: on the device, in the layout that decoding or training reads.
 
 For: measuring the published sizes without their weights. No array ever lies on the host, so 13B takes seconds. Not for:
 tests of results: the numbers are lively (norms scale by one, kernels keep the variance), and mean nothing.
@@ -22,7 +22,7 @@ INT8_RMS = 127 / 3**0.5
 """Root mean square of whole numbers spread evenly over -127 to 127."""
 
 
-def abstract_decode(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Params:
+def abstract_params_in(config: ModelConfig, layout: Layout, dtype: DTypeLike) -> Params:
     """Names, shapes and dtypes of a full tree in a layout, `dtype` where `layout` leaves the choice."""
     tree: Params = jax.eval_shape(
         lambda params: convert_layout(params, DISK, layout, llama=config.llama),
@@ -69,11 +69,12 @@ def _size(names: list[str], abstract: Params) -> tuple[float, float]:
     """Mean and spread of a leaf. An int8 leaf has its own spread: `NAME_scale` beside it makes the numbers of it."""
     *folders, name = names
     siblings = functools.reduce(lambda tree, part: tree[part], folders, abstract)
+    stacked = "layers" in folders and not any(folder.isdigit() for folder in folders)
     if name == "bias":
         return 0.0, 0.0
     if name == "scale":  # of a norm
         return 1.0, 0.0
-    matrix = siblings[name.removesuffix("_scale")].shape
+    matrix = siblings[name.removesuffix("_scale")].shape[1 if stacked else 0 :]
     spread = 1 / math.sqrt(math.prod(matrix[:-1]) or 1)
     return (spread / INT8_RMS, 0.0) if name.endswith("_scale") else (0.0, spread)
 

@@ -8,13 +8,12 @@ itself on a GPU (CUDA graphs). A process of its own has the memory to itself; im
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 import warnings
 from typing import Any
 
+import parts
 import torch
 import transformers
 from torch._dynamo.utils import counters
@@ -93,11 +92,7 @@ def decode_row(model: Any, *, kind: str, batch: int, context: int, steps: int) -
 
 def main() -> None:
     """Measures the rows that are named and prints them, one line each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", nargs="+", required=True, metavar="ROW")
-    parser.add_argument("--sizes", choices=SIZES, default="full")
-    parser.add_argument("--budget-s", type=float, default=600)
-    args = parser.parse_args()
+    args = parts.read_part_arguments(__doc__.split("\n\n")[0], rows=None, sizes=list(SIZES))
     warnings.filterwarnings("ignore", module="transformers|torch")
     sizes, end = SIZES[args.sizes], time.monotonic() + args.budget_s
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,7 +112,7 @@ def main() -> None:
         ) as error:  # out of memory, say: the rows behind it are measured all the same
             row = {"what": name, "error": f"{type(error).__name__}: {str(error)[:500]}"}
         row["took_s"] = round(time.monotonic() - start, 1)
-        print(f"ROW {name} {json.dumps(row)}", flush=True)
+        parts.print_row(name, row)
 
 
 if __name__ == "__main__":

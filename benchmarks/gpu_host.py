@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from full_size import abstract_decode, random_params
+from ceilings import matmul_flop_per_s, time_calls
+from full_size import abstract_params_in, random_params
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.generation.engine import Engine
@@ -93,27 +92,15 @@ class Host:
     @functools.cached_property
     def ceilings(self) -> dict[str, float]:
         """What the device can do: `bytes_per_s` of a copy, read and written bytes both; `flop_per_s` of a matmul."""
-        size = self.sizes.matmul
-        keys = jax.random.split(jax.random.key(0), 3)
-        a, b = (jax.random.normal(key, (size, size), self.dtype) for key in keys[:2])
-        multiply = jax.jit(lambda a, b: (a @ b).astype(a.dtype))
-        flop_per_s = 2 * size**3 / self.time(lambda: multiply(a, b), calls=10)
-        block = jax.random.bits(keys[2], (self.sizes.copied_bytes // 4,), jnp.uint32)
+        flop_per_s = matmul_flop_per_s(self.sizes.matmul, self.dtype, repeats=REPEATS)
+        block = jax.random.bits(jax.random.key(0), (self.sizes.copied_bytes // 4,), jnp.uint32)
         copy = jax.jit(lambda x: x ^ jnp.uint32(1))  # a plain copy might be left out
         bytes_per_s = 2 * block.size * 4 / self.time(lambda: copy(block), calls=5)
         return {"bytes_per_s": bytes_per_s, "flop_per_s": flop_per_s}
 
     def time(self, call: Callable[[], Any], *, calls: int) -> float:
-        """Seconds of one call, when so many are dispatched one after the other: the median of `REPEATS`."""
-        jax.block_until_ready(call())
-        seconds = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            for _ in range(calls):
-                result = call()
-            jax.block_until_ready(result)
-            seconds.append((time.perf_counter() - start) / calls)
-        return statistics.median(seconds)
+        """As `time_calls`."""
+        return time_calls(call, calls=calls, repeats=REPEATS)
 
     def config(self, model: str) -> ModelConfig:
         """Sizes of the model that a row names."""
@@ -122,7 +109,7 @@ class Host:
     @functools.cache  # noqa: B019 # a host lives as long as its process
     def params(self, model: str, layout: Layout) -> Params:
         """Random weights on the device."""
-        return random_params(abstract_decode(self.config(model), layout, self.dtype))
+        return random_params(abstract_params_in(self.config(model), layout, self.dtype))
 
     def engine(self, model: str, weights: str, *, num_slots: int) -> Engine:
         """The engine of one kind of weights, with so many slots."""

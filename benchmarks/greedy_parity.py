@@ -11,7 +11,7 @@ prompt and our answer: its likeliest token at every place, which is its greedy a
 that the rule asks about. (`model.generate` gives the same tokens in a hundred times as many forwards.)
 
 Prints a line per difference, writes the counts, and exits with 1 where the rule does not hold. Not for: speed
-(`smol.py`), hidden states and logits (`tests/parity/test_real_llama.py`, which runs a small form of this).
+(`train.py`), hidden states and logits (`tests/parity/test_real_llama.py`, which runs a small form of this).
 """
 
 from __future__ import annotations

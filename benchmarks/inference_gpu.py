@@ -12,22 +12,21 @@ speed of a large bfloat16 matmul. Imports nothing but the models, the generation
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import parts
 from engine_side import decode_s, encode_s, picture_to_token_s, room
 from full_size import matmul_weights, streamed_bytes, tree_bytes
-from gpu_host import REPEATS, SIZES, WEIGHTS, Host, Sizes
+from gpu_host import REPEATS, SIZES, WEIGHTS, Host
 from hlo_report import report
+from parts import Spec
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig
 from minigpt4_jax.generation.decode import decode_step, prefill
@@ -207,42 +206,33 @@ def _share(amount: float, per_s: float, seconds: float) -> float:
     return float(f"{amount / per_s / seconds:.3g}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """A row before it is measured."""
-
-    part: str
-    """Rows of one part that follow each other share a process."""
-    seconds: int
-    """About how long it takes on one H200, most of it compiling; with less left it is not begun."""
-    measure: Callable[[Host], dict[str, Any]] | None
-    """None: measured by the PyTorch side."""
-    xla_flags: str = ""
+_spec = functools.partial(Spec, script="inference_gpu.py")
 
 
 def _decode(model: str, weights: str, batch: str) -> tuple[str, Spec]:
     measure = functools.partial(decode_row, model=model, weights=weights, batch=batch)
-    return f"decode_{model}_{weights}_{batch}", Spec(part=model, seconds=60, measure=measure)
+    return f"decode_{model}_{weights}_{batch}", _spec(part=model, seconds=60, measure=measure)
 
 
 def _prefill(model: str, length: str) -> tuple[str, Spec]:
     measure = functools.partial(prefill_row, model=model, weights="bf16", length=length)
-    return f"prefill_{model}_bf16_{length}", Spec(part=model, seconds=30, measure=measure)
+    return f"prefill_{model}_bf16_{length}", _spec(part=model, seconds=30, measure=measure)
 
 
 def _first_token(model: str) -> tuple[str, Spec]:
     measure = functools.partial(first_token_row, model=model)
-    return f"first_token_{model}", Spec(part=model, seconds=45, measure=measure)
+    return f"first_token_{model}", _spec(part=model, seconds=45, measure=measure)
 
 
 def _images(count: str) -> tuple[str, Spec]:
     measure = functools.partial(images_row, model="7b", count=count)
-    return f"images_{count}", Spec(part="7b", seconds=25, measure=measure)
+    return f"images_{count}", _spec(part="7b", seconds=25, measure=measure)
 
 
 def _torch(kind: str, batch: str) -> tuple[str, Spec]:
     seconds = {"eager": 60, "compiled": 120}[kind]
-    return f"torch_7b_{kind}_{batch}", Spec(part=f"torch {kind}", seconds=seconds, measure=None)
+    spec = Spec(part=f"torch {kind}", seconds=seconds, script="full_size_torch.py", measure=None)
+    return f"torch_7b_{kind}_{batch}", spec
 
 
 ROWS: dict[str, Spec] = dict(
@@ -250,7 +240,7 @@ ROWS: dict[str, Spec] = dict(
         *(
             (
                 f"settings_{name}",
-                Spec(
+                _spec(
                     part=f"settings {name}",
                     seconds=110,
                     measure=functools.partial(settings_row, flags=name),
@@ -278,36 +268,13 @@ ROWS: dict[str, Spec] = dict(
 """In the order of their value."""
 
 
-def measure_rows(
-    names: list[str], *, sizes: Sizes, budget_s: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows as they are measured. One that fails has an `error`; one for which no time is left is not there."""
-    host, end = Host(sizes), time.monotonic() + budget_s
-    ceilings = host.ceilings  # before weights and caches take the memory
-    for name in names:
-        spec = ROWS[name]
-        if end - time.monotonic() < spec.seconds or spec.measure is None:
-            print(f"{name}: left out, {end - time.monotonic():.0f} s are left.", flush=True)
-            continue
-        start = time.monotonic()
-        try:
-            row = spec.measure(host) | ceilings
-        except (
-            Exception
-        ) as error:  # out of memory, say: the rows behind it are measured all the same
-            row = {"what": name, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-        yield name, row | {"took_s": round(time.monotonic() - start, 1)}
-
-
 def main() -> None:
     """Measures the rows that are named and prints them, one line each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, required=True, metavar="ROW")
-    parser.add_argument("--sizes", choices=SIZES, default="full")
-    parser.add_argument("--budget-s", type=float, default=600)
-    args = parser.parse_args()
-    for name, row in measure_rows(args.rows, sizes=SIZES[args.sizes], budget_s=args.budget_s):
-        print(f"ROW {name} {json.dumps(row)}", flush=True)
+    args = parts.read_part_arguments(__doc__.split("\n\n")[0], rows=list(ROWS), sizes=list(SIZES))
+    host = Host(SIZES[args.sizes])
+    ceilings = host.ceilings  # before weights and caches take the memory
+    for name, row in parts.measure_rows(ROWS, args.rows, host, budget_s=args.budget_s):
+        parts.print_row(name, row if "error" in row else row | ceilings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the benchmarks share: taking turns, medians, ratios, the hardware, and a file that keeps every finished row.
 
-For: `inference.py`, `decode_layout.py`, `smol.py`. Not for: what is measured, and nothing of the package: this file
+For: `inference.py`, `train.py`, `decode_layout.py`. Not for: what is measured, and nothing of the package: this file
 imports NumPy and the standard library only, so that every script can use it on every machine.
 
 Timings are only ever compared within one run: two sides take turns, round after round, on the same machine.

@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/performance.md and docs/engine.md, from the JSON files of benchmarks/results.
+"""The tables of README.md and of pages of docs/, from the JSON files of benchmarks/results.
 
     python benchmarks/page_tables.py
 
@@ -16,7 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "engine.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "engine", "plan")),
+)
+GIB = 2**30
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,6 +56,27 @@ def gpu(result: dict[str, Any]) -> str:
             "TFLOP/s, measured in the process of the first row."
         )
     return "\n".join([said, "", *lines])
+
+
+def gpu_training(result: dict[str, Any]) -> str:
+    """Train steps of a GPU host: samples, the share of the card's own matmul and of its data sheet, memory."""
+    lines = [
+        "| what | samples/s | ms per step | of its matmul | of its data sheet | peak memory, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"].values():
+        if "error" in row:
+            said = f"failed: {row['error'].splitlines()[0][:80]}"
+            lines.append(f"| {row['what']} | {said} | | | | |")
+            continue
+        shares = [
+            f"{row[key]:.0%}" if row.get(key) else "" for key in ("share_of_peak", "utilisation")
+        ]
+        lines.append(
+            f"| {row['what']} | {row['samples_per_s']:,.1f} | {row['ms']:,.1f} | {shares[0]} | {shares[1]} "
+            f"| {row['peak_bytes'] / 1e9:.1f} |"
+        )
+    return "\n".join([f"{_where(result, None)}.".removeprefix("on ").capitalize(), "", *lines])
 
 
 def gpu_settings(result: dict[str, Any]) -> str:
@@ -93,28 +118,128 @@ def quantised(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def input_pipeline(result: dict[str, Any]) -> str:
+    """Batches made per second from tars, beside what one accelerator takes."""
+    lines = [
+        "| what | pictures/s | over the rounds | per second of CPU time | of one H200 | real tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"].values():
+        low, high = row["images_per_s_of_rounds"]
+        lines.append(
+            f"| {row['what']} | {row['images_per_s']:,.0f} | {low:,.0f} to {high:,.0f} "
+            f"| {row['images_per_cpu_s']:,.0f} | {row['of_h200']:.2f} | {row['padding_efficiency']:.0%} |"
+        )
+    most = max(row["load_after"] for row in result["rows"].values())
+    rounds = max(row["rounds"] for row in result["rows"].values())
+    said = (
+        f"Medians of {rounds} rounds of {result['batches']} batches of {result['batch_size']} {_where(result, most)}; "
+        f"one H200 takes about {result['h200_takes']} pictures/s."
+    )
+    return "\n".join([said, "", *lines])
+
+
+def plan(result: dict[str, Any]) -> str:
+    """What a run needs on devices that people rent, by the estimate."""
+    lines = [
+        "| model | devices | features | mesh | GiB on each, of | a step | exchange | the run | at 50 % |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"].values():
+        need, seconds, hours = row["bytes_per_device"], row["seconds_per_step"], row["hours"]
+        fits = "" if row["fits"] else f"; no: {row['changes'][-1]['what']}"
+        limit = max(("compute", "memory", "exchange"), key=lambda name: seconds[name])
+        features = "cached" if row["run"]["cached_features"] else "in the loop"
+        lines.append(
+            f"| {row['model']} | {row['target']} | {features} | {_mesh(row)} "
+            f"| {need['total'] / GIB:.1f} of {need['limit'] / GIB:.1f}{fits} | {seconds['floor']:.3f} s, {limit} "
+            f"| {row['exchange_bytes_per_device']['total'] / 1e9:.2f} GB | {hours['floor']:.2f} h "
+            f"| {hours['at_utilisation']:.2f} h |"
+        )
+    return "\n".join(lines)
+
+
+def plan_compiled(result: dict[str, Any]) -> str:
+    """The compiler's memory of the same train steps beside the estimate, and of prefill and decode step."""
+    lines = [
+        "| model | slice | mesh | train step: estimate | XLA:TPU | estimate is | prefill | decode step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in result["rows"].values() if "compiled" in row]
+    errors = []
+    for row in rows:
+        programs = {each["name"]: each for each in row["compiled"]}
+        step, others = (
+            programs["train step"],
+            [programs.get(name) for name in ("prefill", "decode step")],
+        )
+        guess, share = row["bytes_per_device"]["total"], ""
+        if not step["error"]:
+            errors.append(guess / step["total_bytes"] - 1)
+            share = _off(errors[-1])
+        lines.append(
+            f"| {row['model']} | {row['target']} | {_mesh(row)} | {guess / GIB:.2f} GiB | {_program(step)} | {share} "
+            f"| {' | '.join(map(_program, others))} |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    said = (
+        f"On each device, and seconds of compiling on two busy CPU cores; {versions}. The estimate is between "
+        f"{_off(min(errors))} and {_off(max(errors))}."
+    )
+    return "\n".join([said, "", *lines])
+
+
+def _off(share: float) -> str:
+    return f"{abs(share):.1%} {'too high' if share > 0 else 'too low'}"
+
+
+def _mesh(row: dict[str, Any]) -> str:
+    sizes = [
+        f"{name}={row['mesh'][name]}"
+        for name in ("data", "fsdp", "tensor")
+        if row["mesh"][name] > 1
+    ]
+    return " ".join(sizes) or "one device"
+
+
+def _program(compiled: dict[str, Any] | None) -> str:
+    if compiled is None:
+        return "not tried"
+    if compiled["error"]:
+        return f"does not compile: {compiled['error']}"
+    return f"{compiled['total_bytes'] / GIB:.2f} GiB, {compiled['seconds']:.0f} s"
+
+
 COMMANDS = {
     "inference_cpu": "python benchmarks/inference.py --device cpu --out benchmarks/results/inference_cpu.json",
     "inference_gpu": "python benchmarks/inference.py --device gpu --out benchmarks/results/inference_gpu.json",
     "decode_layout": "python benchmarks/decode_layout.py --out benchmarks/results/decode_layout.json",
-    "smol": "python benchmarks/smol.py --out benchmarks/results/smol.json",
+    "train_cpu": "python benchmarks/train.py --device cpu --out benchmarks/results/train_cpu.json",
+    "train_gpu": "python benchmarks/train.py --device gpu --out benchmarks/results/train_gpu.json",
     "quantised": "python benchmarks/quantised.py --out benchmarks/results/quantised.json",
+    "input_pipeline": "python benchmarks/input_pipeline.py --out benchmarks/results/input_pipeline.json",
+    "plan": "python benchmarks/plan_table.py --out benchmarks/results/plan.json",
 }
 """File of results -> the command that writes it."""
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "inference_cpu": ("inference_cpu", ratios),
     "decode_layout": ("decode_layout", ratios),
-    "smol": ("smol", ratios),
+    "train_cpu": ("train_cpu", ratios),
+    "train_gpu": ("train_gpu", gpu_training),
     "inference_gpu": ("inference_gpu", gpu),
     "gpu_settings": ("inference_gpu", gpu_settings),
     "quantised": ("quantised", quantised),
+    "input_pipeline": ("input_pipeline", input_pipeline),
+    "plan": ("plan", plan),
+    "plan_compiled": ("plan", plan_compiled),
 }
 """Name in a page -> file of results, and what makes a table of it."""
 
 UNMEASURED = {
     "inference_gpu": "Not measured: no GPU was available.",
     "gpu_settings": "Not measured: no GPU was available.",
+    "train_gpu": "Not measured: no GPU was available.",
 }
 
 
@@ -141,7 +266,7 @@ def _where(result: dict[str, Any], most: float | None) -> str:
     on += f" with {hardware['cores']} cores"
     if most is not None:
         on += f" (load {hardware['load_before']:.1f} at the start, up to {most:.1f} behind a row)"
-    names = ("python", "jax", "flax", "torch", "transformers")
+    names = ("python", "jax", "flax", "torch", "transformers", "grain", "pillow", "tokenizers")
     return f"{on}; " + ", ".join(f"{name} {hardware[name]}" for name in names if name in hardware)
 
 

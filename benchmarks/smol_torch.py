@@ -1,4 +1,4 @@
-"""The PyTorch side of `smol.py` and `inference_cpu.py`: `transformers` models with the weights of the smol preset.
+"""The PyTorch side of `train_cpu.py` and `inference_cpu.py`: `transformers` models with the weights of the smol preset.
 
 For: the twins that the benchmark times, as a user of `transformers` would run them: float32, eval, sdpa, inference
 mode. Not for: tests (`tests/parity`), which read the weights by the other libraries' own loaders. Needs the `parity`

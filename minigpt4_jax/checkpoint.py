@@ -142,7 +142,9 @@ def writable(path: Path) -> Iterator[None]:
         if re.search("No space left|quota exceeded", str(error), re.I):
             raise CheckpointError(f"The disk of {path} is full. {_FULL}") from error
         found = re.search(
-            "Permission denied|Read-only file system|Not a directory|File exists", str(error)
+            "Permission denied|Read-only file system|Not a directory|File exists|File too large|Input/output error"
+            "|Stale file handle",
+            str(error),
         )
         if found:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a person types: `minigpt4 chat | caption | train | convert`. Arguments, printing and process-wide settings.
+"""What a person types: `minigpt4 chat | caption | train | plan | convert`. Arguments, printing, process-wide settings.
 
 Not for: logic worth testing without a terminal; that is in `api.py`, `loading.py` and `training/`.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt4_jax.cli_caption import add_caption
 from minigpt4_jax.cli_options import add_model_options, load_model, set_up_jax, typed_generation
+from minigpt4_jax.cli_plan import add_plan
 from minigpt4_jax.config import UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_chat(commands)
     add_caption(commands)
     _add_train(commands)
+    add_plan(commands)
     convert = commands.add_parser(
         "convert", help="convert weights (the same as python -m convert)", add_help=False
     )
@@ -190,25 +192,37 @@ def _train(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     set_up_jax()
+    from minigpt4_jax.training.together import run_beside_others
+
+    return run_beside_others(lambda: _train_here(config), config=config.distributed)
+
+
+def _train_here(config: TrainConfig) -> int:
     from convert.__main__ import tensor_bar
     from convert.projection import read_projection
-    from minigpt4_jax.loading import load_frozen
+    from minigpt4_jax.captioner import Captioner
+    from minigpt4_jax.loading import open_frozen
     from minigpt4_jax.model_folder import find_preset
+    from minigpt4_jax.training.distributed import is_first_process
     from minigpt4_jax.training.loop import train
+    from minigpt4_jax.training.together import first_process_first
 
     start = None
     if config.init_projection not in ("ridge", "random"):
         start, _ = read_projection(Path(config.init_projection), find_preset(config.model).model)
-    with tensor_bar() as progress:
-        params, tokenizer = load_frozen(config.model, progress=progress)
+    # `smol` is fetched and converted where it is not yet.
+    with first_process_first("model"), tensor_bar() as progress:
+        frozen, tokenizer = open_frozen(config.model, progress=progress)
     train(
         config,
-        params=params,
+        frozen=frozen,
         tokenizer=tokenizer,
         start=start,
         save_projection=lambda path, projection: _save_projection(config, path, projection),
+        caption=Captioner(config),
     )
-    print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
+    if is_first_process():
+        print(f"Done: {Path(config.workdir) / 'projection.safetensors'}")
     return 0
 
 

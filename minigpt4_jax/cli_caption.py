@@ -60,6 +60,10 @@ def _caption(args: argparse.Namespace) -> int:
         raise UserError("The prompt is empty; expected some text.")
     if args.slots < 1:
         raise UserError(f"--slots is {args.slots}; expected at least 1.")
+    if args.out.is_dir():
+        raise UserError(
+            f"--out is {args.out}, a folder; expected a file to write, such as {args.out / 'captions.jsonl'}."
+        )
     generation = typed_generation(args)
     meta = args.out.with_name(f"{args.out.name}.meta.json")
     items, left_out = list_pictures(args.source, ignore=(args.out, meta))

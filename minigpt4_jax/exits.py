@@ -14,10 +14,28 @@ from collections.abc import Callable
 from minigpt4_jax.config import UserError
 
 PROBLEM = 2
+PREEMPTED = 75
+"""After SIGTERM, everything saved: run me again (EX_TEMPFAIL of sysexits.h). What a scheduler should start anew."""
+PEER_LOST = 76
+"""Another process of the same run died or fell silent; its own output says why (EX_PROTOCOL of sysexits.h)."""
 INTERRUPTED = 130
 """After Ctrl-C, as shells expect it (128 + SIGINT)."""
 BROKEN_PIPE = 141
 """The reader of the output went away (128 + SIGPIPE)."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended a training run between two steps, and all of it is saved."""
+
+    def __init__(self, code: int, step: int) -> None:
+        super().__init__(f"after step {step}")
+        self.code = code
+        """`INTERRUPTED` or `PREEMPTED`."""
+        self.step = step
+
+
+class PeerLost(UserError):
+    """A process cannot go on without another one of its run."""
 
 
 def run_command(command: Callable[[], int], *, say: Callable[[str], None]) -> int:
@@ -29,7 +47,10 @@ def run_command(command: Callable[[], int], *, say: Callable[[str], None]) -> in
         return command()
     except UserError as error:
         say(str(error))
-        return PROBLEM
+        return PEER_LOST if isinstance(error, PeerLost) else PROBLEM
+    except Stopped as error:
+        print(f"\nStopped {error}; the same command goes on there.", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return INTERRUPTED

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from minigpt4_jax.checkpoint import compare_trees
 from minigpt4_jax.config import UserError
@@ -33,6 +34,7 @@ from minigpt4_jax.weight_files import is_url
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, parts done, parts in all)."""
+Read = TypeVar("Read")
 
 
 def pick_dtype(name: str) -> Any:
@@ -161,6 +163,52 @@ def load_decode_params(
     return {**params, **jax.device_put(whole, place(whole))}, tokenizer
 
 
+class FrozenFolder:
+    """The frozen weights of a model folder, as `training.frozen.FrozenWeights` asks for them: nothing is read before
+    it is asked for, and of that a process reads what its own devices hold.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder = folder
+        self._abstract = _frozen(folder.preset)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Part (`vit`, `llama`, ...) -> digest of the files it is stored in."""
+        sums = self._folder.weight_fingerprints()
+        return {part: digest for part, digest in sums.items() if part in self._abstract}
+
+    def load(
+        self,
+        parts: Collection[str],
+        *,
+        layout: Layout,
+        dtype: DTypeLike,
+        place: Callable[[Params], Any],
+    ) -> Params:
+        """Some parts on devices.
+
+        Args:
+            parts: such as `llama`, or `config.vision_parts`.
+            layout: `DISK` or `TRAIN`; stacked while they are read.
+            dtype: of the arrays, whatever they are stored as.
+            place: the tree of the parts -> its shardings: one for all leaves, or a tree like it.
+        """
+        convert = functools.partial(
+            convert_layout, source=DISK, target=layout, llama=self._folder.preset.model.llama
+        )
+        wanted = jax.eval_shape(convert, {part: self._abstract[part] for part in parts})
+        return self._folder.load(wanted, shardings=place(wanted), dtype=dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter on the host as it is stored, by its path in the layout `DISK`."""
+        return self._folder.get(name)
+
+
+def open_frozen(name: str, *, progress: Progress | None = None) -> tuple[FrozenFolder, Tokenizer]:
+    """The frozen parts of a model, not yet read, and its tokenizer. Raises as `load_frozen`."""
+    return _load(name, FrozenFolder, progress=progress)
+
+
 def _frozen(preset: Preset) -> Params:
     """The abstract tree of everything but the projection."""
     return {
@@ -204,8 +252,8 @@ def _keys(tree: Params) -> Iterator[str]:
 
 
 def _load(
-    name: str, read: Callable[[ModelFolder], Params], *, progress: Progress | None
-) -> tuple[Params, Tokenizer]:
+    name: str, read: Callable[[ModelFolder], Read], *, progress: Progress | None
+) -> tuple[Read, Tokenizer]:
     """What `read` makes of a model's folder, and the tokenizer."""
     if name in PRESETS and name != "smol":
         raise UserError(

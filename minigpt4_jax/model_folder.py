@@ -137,11 +137,11 @@ class ModelFolder:
                 (folder / name).write_bytes(self._read_bytes(name))
 
     @cached_property
-    def _stored(self) -> list[str]:
-        """Names of the folder's files, those of weights with the folder they are in."""
+    def _stored(self) -> dict[str, Any]:
+        """The folder's files, sorted, those of weights with the folder they are in -> size and checksum."""
         try:
-            return sorted(json.loads(self._read_text(CHECKSUMS))["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return dict(sorted(json.loads(self._read_text(CHECKSUMS))["files"].items()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self._at(CHECKSUMS)} cannot be read ({error!r}); expected the list of the folder's files. Copy or "
                 "convert the folder again."
@@ -168,6 +168,20 @@ class ModelFolder:
                 sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
             )
         return found
+
+    def weight_fingerprints(self) -> dict[str, str]:
+        """Part (`vit`, `query_tokens`, ...) -> SHA-256 over the names, sizes and CRC-32 of the files it is stored in.
+
+        Of what is read, not of what it was made from: weights that a later version converts otherwise have another one.
+        """
+        found: dict[str, list[Any]] = defaultdict(list)
+        for name, entry in self._stored.items():
+            if name.startswith(f"{WEIGHTS}/"):
+                found[posixpath.basename(name).partition(".")[0]].append([name, entry])
+        return {
+            part: hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+            for part, files in found.items()
+        }
 
     def describe(self) -> str:
         """The folder, in the words of an error message."""
@@ -224,8 +238,8 @@ class ModelFolder:
                 that is in none (`{"llama": {"norm": {"scale": ...}}}`); what it was made from is freed.
 
         Returns:
-            A tree like `abstract` of `jax.Array`, or of what `transform` gave. Memory beside it: on a host one device's
-            part of one leaf, on the devices nothing, or with `transform` the layer that it works on.
+            A tree like `abstract` of `jax.Array`, or of what `transform` gave. Memory beside it: on a host what its
+            devices hold of one leaf, on the devices nothing, or with `transform` the layer that it works on.
 
         Raises:
             CheckpointError: the folder holds another model; every difference is listed.
@@ -297,8 +311,16 @@ class ModelFolder:
             dtype if dtype is not None and jax.numpy.issubdtype(stored, np.floating) else stored
         )
 
+        found: dict[tuple[tuple[int | None, int | None], ...], Array] = {}
+
         def part(index: tuple[slice, ...] | None) -> Array:
-            index = index or ()
+            """Once for all devices that hold the same part."""
+            where = tuple((cut.start, cut.stop) for cut in index or ())
+            if where not in found:
+                found[where] = read(index or ())
+            return found[where]
+
+        def read(index: tuple[slice, ...]) -> Array:
             if name in self._files:
                 return np.asarray(self._files[name].read(name, index)).astype(target)
             chosen = members[index[0]] if index else members

@@ -1,7 +1,8 @@
 """The mesh, and where every parameter lies on it. The only PartitionSpecs of the project.
 
-For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards; `cache_sharding`; and
-`constrain`, for the activations that the compiler would lay elsewhere. Not for: moving arrays.
+For: `make_mesh` and `make_shardings`, for reading a model folder straight into its shards; `rows_sharding` for batches,
+`cache_sharding` for decoding; `constrain` and `constrain_rows`, for the activations that the compiler would lay
+elsewhere. Not for: moving arrays, nor choosing the sizes of a training run's mesh (`training/placement.py`).
 
 The table has one row per parameter of a block. Every parameter must be met by exactly one row: a new parameter without
 a row is an error, and there is no row that catches the rest. It is Megatron's (Shoeybi et al., arXiv 1909.08053, §3) on
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -99,10 +101,29 @@ RULES: dict[str, P] = {
 """Path of a parameter (kernels are `[in, out]`) -> its PartitionSpec."""
 
 
+ROWS = ("data", "fsdp")
+"""The axes that a training batch's rows lie over."""
+ACTIVATIONS: dict[str, P] = {
+    "x": P(ROWS, None, None),
+    "q": P(ROWS, None, "tensor", None),
+    "k": P(ROWS, None, "tensor", None),
+    "v": P(ROWS, None, "tensor", None),
+    "x_mid": P(ROWS, None, None),
+    "gate": P(ROWS, None, "tensor"),
+    "up": P(ROWS, None, "tensor"),
+    "logits": P(ROWS, None, None),
+}
+"""Activation of the language model in training -> its PartitionSpec: the residual stream `x [B, S, D]` before a block
+and `x_mid` between its halves; heads `[B, S, N or K, H]`; `[B, S, F]`; and the logits `[B, A, V]`."""
+
+
 def make_mesh(
     *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """A mesh of `data * fsdp * tensor` devices, neighbours along `tensor`.
+
+    On several hosts, the axis `data` crosses them where it can (its size is a multiple of their number), and nothing
+    else does: it is the only axis over which a training step exchanges little.
 
     Args:
         devices: default: all of the program's.
@@ -118,7 +139,12 @@ def make_mesh(
             f"{len(devices)}, as many as there are. Change one of the sizes."
         )
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+    hosts = len({device.process_index for device in devices})
+    if hosts == 1 or data % hosts:
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+    within, between = (data // hosts, fsdp, tensor), (hosts, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, process_is_granule=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def make_shardings(mesh: Mesh | AbstractMesh, params: Any) -> Any:
@@ -172,6 +198,33 @@ def cache_sharding(mesh: Mesh | AbstractMesh, *, num_kv_heads: int) -> NamedShar
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For what every device holds whole: logits, tokens, and the state of a decode step but for its cache."""
     return NamedSharding(mesh, P())
+
+
+def one_for_each_device(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    """For one number of each device, `[devices]`, side by side, and for what is made of them, whole everywhere."""
+    mesh = Mesh(devices, ("device",))
+    return NamedSharding(mesh, P("device")), NamedSharding(mesh, P())
+
+
+def rows_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """For the arrays of a training batch, `[B, ...]`: rows over `data` and `fsdp`, the same on all of `tensor`."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def constrain_rows(x: jax.Array, name: str) -> jax.Array:
+    """An activation of training, `[B, ...]`: its rows where the batch's are, its heads or columns where their weights
+    are split.
+
+    Without this the compiler keeps the weights of fsdp where they are and moves the activations, whole batches of them.
+    Does nothing unless the function is traced under `jax.set_mesh(mesh)`.
+
+    Args:
+        name: a row of `ACTIVATIONS`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, ACTIVATIONS[name])
+    return constrained
 
 
 def constrain(x: jax.Array) -> jax.Array:

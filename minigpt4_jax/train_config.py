@@ -15,6 +15,8 @@ from typing import Literal
 from minigpt4_jax.config import UserError, require_positive
 
 PROMPTS = ("What is this?",)
+PROMPT_TOKENS = 64
+"""What an estimate takes a prompt to have, the template around it too: twice the published ones."""
 SOURCE_KINDS = ("cc_sbu_align", "jsonl", "tar", "array_record", "tfds")
 
 
@@ -64,6 +66,7 @@ class DataConfig:
     end_sym: str = ""
     """After every answer: a control token by its spelling, or text. Empty: the template's own."""
     batch_size: int = 32
+    """Of all processes together, which share it evenly."""
     length_multiple: int = 8
     """Sequences are padded up to a multiple of this, so that a run compiles only a few shapes."""
     length_buckets: tuple[int, ...] = ()
@@ -124,6 +127,16 @@ class DataConfig:
         if self.folder:
             return {"folder": SourceConfig(kind="cc_sbu_align", path=self.folder)}
         return self.sources
+
+    def longest_sample(self, *, num_image_tokens: int) -> int:
+        """Tokens of the longest sample with one picture, for estimates: the last bucket, or what the limits add up to.
+
+        A prompt is not tokenised for this: `PROMPT_TOKENS` stand for it, bos and the template's own.
+        """
+        if self.length_buckets:
+            return self.length_buckets[-1]
+        words = PROMPT_TOKENS if self.prompts or self.prompt_path else 1
+        return words + num_image_tokens + self.max_text_len
 
 
 OPTIMIZERS = ("adamw", "muon")
@@ -230,9 +243,11 @@ class DistributedConfig:
     """From 0."""
     timeout_s: int = 300
     """How long a process waits for the others before it gives up with an error."""
+    heartbeat_s: int = 100
+    """A process that was silent for so long counts as dead, and all others end."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "timeout_s")
+        require_positive(self, "timeout_s", "heartbeat_s")
         given = (bool(self.coordinator), self.num_processes > 0, self.process_id >= 0)
         if any(given) and not all(given):
             raise UserError(
@@ -254,11 +269,12 @@ class HeldOutConfig:
     """Short for one source, as `data.folder`."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     every: int = 0
-    """Steps between two looks; 0: none but at the end, if there are sources."""
+    """Steps between two looks, the first one before any step; 0: none but at the end, if there are sources."""
     max_samples: int = 256
     """Of these the mean loss; the same ones every time."""
     captions: int = 4
-    """Of so many pictures the model's answer is shown and kept; 0: none."""
+    """Of so many pictures the model's answer is shown and kept; 0: none. The first one loads the model once more, as it
+    is used for answers, onto one device: 15.7 GB for 7B in bfloat16."""
     max_new_tokens: int = 40
 
     def __post_init__(self) -> None:
@@ -322,8 +338,8 @@ class TrainConfig:
     """Written into the finished projection's header: the terms of what was trained."""
     attribution: str = ""
     """Written beside it: whose pictures and words it was trained on, as their licences ask."""
-    tensorboard: bool = False
-    """Also write the metrics as TensorBoard events to `<workdir>/tensorboard` (the `tensorboard` extra)."""
+    tensorboard: bool = True
+    """Also write the metrics as TensorBoard events to `<workdir>/tensorboard`."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     remat: str = "names"

@@ -6,25 +6,23 @@ the same tests on it with JAX_PLATFORMS=cuda (or tpu).
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
 import pytest
 
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.presets import PRESETS
+from tests.drawn import draw
 
 # Several CPU devices, so that shardings are more than a no-op. Single-device tests use the first and do not notice.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -50,26 +48,8 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def draw_params() -> Callable[[Any], Any]:
-    """A function from an abstract tree to random float32 parameters, each leaf seeded by its name.
-
-    Lively on purpose: kernels keep the variance of what passes through them and norms scale by about 1, so that a
-    wrong mask, rope or head order moves the logits far beyond any tolerance. (Small weights everywhere would leave
-    the residual stream alone and let such a mistake pass.)
-    """
-
-    def draw_leaf(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        path = "/".join(key.key for key in keys)
-        noise = np.random.default_rng(zlib.crc32(path.encode())).normal(size=leaf.shape)
-        match keys[-1].key:
-            case "kernel":
-                noise /= math.prod(leaf.shape[:-1]) ** 0.5
-            case "scale":
-                noise = 1 + 0.2 * noise
-            case _:  # biases and embeddings
-                noise *= 0.5
-        return jax.device_put(noise.astype(np.float32))
-
-    return lambda abstract: jax.tree_util.tree_map_with_path(draw_leaf, abstract)
+    """A function from an abstract tree to random float32 parameters: see `drawn.draw`."""
+    return lambda abstract: jax.device_put(draw(abstract))
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,7 @@ def test_a_projection_is_trained_behind_the_folder_and_taken_by_chat(
     config.write_text(
         f"model: {folder}\nworkdir: {tmp_path / 'run'}\ndata:\n  folder: {data}\n  batch_size: 2\n"
         f"  template: {ModelFolder(folder).preset.template}\ninit_projection: random\n"
+        "mesh: {data: 1, fsdp: 1, tensor: 1}\n"
         "optimizer:\n  max_steps: 1\n  warmup_steps: 0\n"
     )
     assert cli.main(["train", "--config", str(config)]) == 0

@@ -19,7 +19,7 @@ full_size = load_script("full_size")
 
 @pytest.fixture(scope="module")
 def params(tiny_config: ModelConfig) -> Any:
-    abstract = full_size.abstract_decode(tiny_config, DECODE, "float32")
+    abstract = full_size.abstract_params_in(tiny_config, DECODE, "float32")
     return full_size.random_params({"llama": abstract["llama"]})
 
 

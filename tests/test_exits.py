@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.exits import BROKEN_PIPE, INTERRUPTED, PROBLEM, run_command
+from minigpt4_jax.exits import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    PEER_LOST,
+    PREEMPTED,
+    PROBLEM,
+    PeerLost,
+    Stopped,
+    run_command,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +73,15 @@ def test_a_mistake_of_this_project_keeps_its_traceback(error: Exception) -> None
 def test_ctrl_c_ends_as_shells_expect(capsys: pytest.CaptureFixture[str]) -> None:
     assert end_with(KeyboardInterrupt()) == (INTERRUPTED, [])
     assert capsys.readouterr().err == "\nStopped.\n"
+
+
+def test_a_stopped_run_says_where_and_a_scheduler_can_tell_it_from_a_problem(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert end_with(Stopped(PREEMPTED, 7)) == (75, [])
+    assert capsys.readouterr().err == "\nStopped after step 7; the same command goes on there.\n"
+    assert end_with(PeerLost("Another one died.")) == (PEER_LOST, ["Another one died."])
+    assert len({0, 1, PROBLEM, PREEMPTED, PEER_LOST, INTERRUPTED, BROKEN_PIPE}) == 7
 
 
 SCRIPT = """

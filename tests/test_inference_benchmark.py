@@ -21,7 +21,7 @@ from tests.benchmark_scripts import FOLDER, load_script
 
 gpu_host = load_script("gpu_host")
 gpu = load_script("inference_gpu")
-inference = load_script("inference")
+parts = load_script("parts")
 full_size = load_script("full_size")
 OURS = [name for name, spec in gpu.ROWS.items() if spec.measure is not None]
 
@@ -67,8 +67,8 @@ def test_every_kind_of_row_runs_at_tiny_size(
 
 def test_the_bytes_of_a_step_are_what_it_must_read() -> None:
     llama = get_preset("vicuna-7b").model.llama
-    plain = full_size.abstract_decode(get_preset("vicuna-7b").model, DECODE, jnp.bfloat16)
-    small = full_size.abstract_decode(get_preset("vicuna-7b").model, DECODE_INT8, jnp.bfloat16)
+    plain = full_size.abstract_params_in(get_preset("vicuna-7b").model, DECODE, jnp.bfloat16)
+    small = full_size.abstract_params_in(get_preset("vicuna-7b").model, DECODE_INT8, jnp.bfloat16)
     # 6.476 billion in the layers, 0.131 in the head: the arithmetic of the targets.
     assert full_size.matmul_weights(plain) == pytest.approx(6.476e9, rel=1e-3)
     assert full_size.streamed_bytes(plain) == pytest.approx(2 * 6.607e9, rel=1e-3)
@@ -81,7 +81,7 @@ def test_the_bytes_of_a_step_are_what_it_must_read() -> None:
 @pytest.mark.parametrize("layout", [DECODE, DECODE_INT8], ids=["plain", "int8"])
 def test_random_weights_have_the_shapes_of_real_ones_and_are_alive(layout: Any) -> None:
     config = get_preset("tiny").model
-    abstract = full_size.abstract_decode(config, layout, jnp.float32)
+    abstract = full_size.abstract_params_in(config, layout, jnp.float32)
     drawn = full_size.random_params({"llama": abstract["llama"]})
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_params(config)["llama"]
@@ -101,15 +101,15 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(monkeypatch: pytest.Mon
         raise RuntimeError("RESOURCE_EXHAUSTED")
 
     first, second = OURS[:2]
-    monkeypatch.setitem(gpu.ROWS, first, gpu.Spec(part="a", seconds=1, measure=fail))
+    monkeypatch.setitem(gpu.ROWS, first, gpu.Spec(part="a", seconds=1, script="", measure=fail))
     monkeypatch.setitem(
-        gpu.ROWS, second, gpu.Spec(part="a", seconds=1, measure=lambda host: {"ms": 1.0})
+        gpu.ROWS, second, gpu.Spec(part="a", seconds=1, script="", measure=lambda host: {"ms": 1.0})
     )
-    found = dict(gpu.measure_rows([first, second], sizes=gpu_host.TINY, budget_s=100))
+    found = dict(parts.measure_rows(gpu.ROWS, [first, second], None, budget_s=100))
     assert found[first]["error"] == "RuntimeError: RESOURCE_EXHAUSTED"
     assert found[second]["ms"] == 1.0
-    monkeypatch.setitem(gpu.ROWS, second, gpu.Spec(part="a", seconds=101, measure=fail))
-    assert second not in dict(gpu.measure_rows([second], sizes=gpu_host.TINY, budget_s=100))
+    monkeypatch.setitem(gpu.ROWS, second, gpu.Spec(part="a", seconds=101, script="", measure=fail))
+    assert second not in dict(parts.measure_rows(gpu.ROWS, [second], None, budget_s=100))
 
 
 def test_rows_come_from_processes_and_stay_when_the_time_ends(tmp_path: Path) -> None:
@@ -123,16 +123,16 @@ def test_rows_come_from_processes_and_stay_when_the_time_ends(tmp_path: Path) ->
         "print('ROW late {}')\n"
     )
     environment = {**os.environ, "XLA_FLAGS": "--some"}
-    found = list(inference.child_rows([sys.executable, str(script)], environment, limit_s=3))
+    found = list(parts.child_rows([sys.executable, str(script)], environment, limit_s=3))
     assert found == [("a", {"ms": 1}), ("flags", {"of": "--some"})]
 
 
 def test_rows_are_picked_in_the_order_of_their_value() -> None:
     names = ["decode_1", "decode_8", "encode_1"]
-    assert inference.pick(names, None) == names
-    assert inference.pick(names, ["encode", "decode_8"]) == ["decode_8", "encode_1"]
+    assert parts.pick(names, None) == names
+    assert parts.pick(names, ["encode", "decode_8"]) == ["decode_8", "encode_1"]
     with pytest.raises(SystemExit, match="There are no rows prefill"):
-        inference.pick(names, ["prefill"])
+        parts.pick(names, ["prefill"])
 
 
 def test_one_command_measures_a_part_in_a_process_and_writes_it(tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def test_parameters_come_as_the_whole_model_would_be_converted(
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_on_a_mesh_every_device_gets_its_part(folder: str, params: Any, layout: Any) -> None:
-    mesh, cut = make_mesh(tensor=4), dataclasses.replace(layout, shards=4)
+    mesh, cut = (
+        make_mesh(tensor=4, devices=jax.devices()[:4]),
+        dataclasses.replace(layout, shards=4),
+    )
     read, _ = load_decode_params(folder, dtype=jnp.float32, layout=cut, mesh=mesh)
     assert_same(read, converted(params, cut))
     places = jax.tree.leaves(make_shardings(mesh, read))
@@ -102,7 +105,7 @@ def test_a_layout_or_a_model_that_does_not_fit_the_mesh_is_refused_before_anythi
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minigpt4_jax.model_folder.WeightFile.read", must_not_read)
-    mesh = make_mesh(tensor=4)
+    mesh = make_mesh(tensor=4, devices=jax.devices()[:4])
     with pytest.raises(ValueError, match=r"layout.shards is 1; expected 4"):
         load_decode_params(folder, dtype=jnp.float32, layout=DECODE, mesh=mesh)
     with pytest.raises(UserError, match="tensor=3 and the language model 4 kv heads"):

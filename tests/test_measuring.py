@@ -101,14 +101,14 @@ def test_an_answer_ends_before_its_stop_token() -> None:
     assert measuring.until_stop([4, 5], {2}) == [4, 5]
 
 
-@pytest.mark.parametrize("script", ["smol.py", "inference.py"])
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
 def test_without_torch_it_says_what_to_install(script: str) -> None:
     # Where the script imports its other side, and not before: nothing of torch is needed to load it.
     program = (
         "import runpy, sys\n"
         "sys.modules.update(torch=None, transformers=None)\n"
         f"sys.path.insert(0, {str(FOLDER)!r})\n"
-        f"sys.argv = [{script!r}, '--rounds', '1']\n"
+        f"sys.argv = [{script!r}, '--device', 'cpu', '--rounds', '1']\n"
         f"runpy.run_path({str(FOLDER / script)!r}, run_name='__main__')"
     )
     done = subprocess.run(

@@ -184,8 +184,8 @@ def test_a_cut_file_is_not_read_unchecked_either(folder: Path) -> None:
 
 def test_a_folder_of_a_newer_version_is_refused_with_the_way_out(folder: Path) -> None:
     file = folder / "checksums.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match=r"format 2; this version .* reads up to 1\. Update it"):
+    file.write_text(file.read_text().replace('"format": 1', '"format": 3'))
+    with pytest.raises(UserError, match=r"format 3; this version .* reads up to 2\. Update it"):
         ModelFolder(folder).require_whole()
 
 

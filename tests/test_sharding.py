@@ -70,7 +70,7 @@ def test_every_row_meets_a_parameter_of_some_preset() -> None:
 @pytest.mark.parametrize("name", TREES)
 def test_specs_name_no_more_axes_than_the_parameter_has(name: str) -> None:
     tree = TREES[name]
-    shardings = leaf_names(make_shardings(make_mesh(data=4), tree))
+    shardings = leaf_names(make_shardings(make_mesh(data=8), tree))
     for path, leaf in leaf_names(tree).items():
         assert len(shardings[path].spec) <= len(leaf.shape), path
 
@@ -94,7 +94,7 @@ def test_most_of_a_model_is_split_and_what_is_not_is_small(name: str) -> None:
 
 
 def test_layers_of_a_stack_lie_where_single_ones_do() -> None:
-    mesh = make_mesh(fsdp=2, tensor=2)
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     per_layer, stacked = (
         leaf_names(make_shardings(mesh, TREES[f"tiny, {kind}"]))
         for kind in ("per layer", "stacked")
@@ -108,7 +108,7 @@ def test_layers_of_a_stack_lie_where_single_ones_do() -> None:
 def test_a_parameter_without_a_row_is_an_error() -> None:
     tree = {"llama": {"layers": {"0": {"gate": {"kernel": np.ones((2, 2))}}}}}
     with pytest.raises(ValueError, match="llama/layers/0/gate/kernel"):
-        make_shardings(make_mesh(data=4), tree)
+        make_shardings(make_mesh(data=8), tree)
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_all_listed() -> None:
@@ -120,13 +120,13 @@ def test_sizes_that_the_mesh_does_not_divide_are_all_listed() -> None:
         },
     }
     with pytest.raises(UserError) as caught:
-        make_shardings(make_mesh(fsdp=2, tensor=2), tree)
+        make_shardings(make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4]), tree)
     assert "llama/lm_head/kernel [6, 5]" in str(caught.value)
     assert "llama/embed_tokens/embedding [4, 6]" in str(caught.value)
 
 
 def test_a_mesh_of_another_number_of_devices_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data=3 x fsdp=1 x tensor=1, 3 devices; expected 4"):
+    with pytest.raises(UserError, match=r"data=3 x fsdp=1 x tensor=1, 3 devices; expected 8"):
         make_mesh(data=3)
 
 
@@ -292,3 +292,36 @@ def test_kv_heads_that_the_mesh_does_not_divide_are_refused() -> None:
     mesh = jax.sharding.AbstractMesh((1, 1, 4), AXES)
     with pytest.raises(UserError, match=r"tensor=4 and the language model 6 kv heads.* 1, 2, 3, 6"):
         cache_sharding(mesh, num_kv_heads=6)
+
+
+# --- several hosts ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh asks of a device; of hosts that are not there."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "none"
+
+    @property
+    def client(self) -> Any:
+        return jax.devices()[0].client
+
+
+def hosts_along(axis: str, **sizes: int) -> list[set[int]]:
+    """Which of four hosts with two devices each stand at each place of an axis."""
+    # Named in turn, so that the order of the devices alone would not do.
+    devices: list[Any] = [FakeDevice(number, number % 4) for number in range(8)]
+    with without_signature_checks():
+        mesh = make_mesh(**sizes, devices=devices)
+    grid = np.moveaxis(mesh.devices, AXES.index(axis), 0)
+    return [{device.process_index for device in place.flat} for place in grid]
+
+
+def test_data_crosses_the_hosts_and_nothing_else_does() -> None:
+    assert hosts_along("data", data=4, fsdp=2) == [{0}, {1}, {2}, {3}]
+    assert hosts_along("data", data=8) == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
+    assert hosts_along("data", data=4, tensor=2) == [{0}, {1}, {2}, {3}]

@@ -43,7 +43,7 @@ def test_the_commands_of_the_pages_are_those_that_write_the_files() -> None:
         assert command.endswith(f"benchmarks/results/{file}.json")
         assert (ROOT / command.split()[1]).exists()
     assert tables.COMMANDS["inference_cpu"] in said
-    assert tables.COMMANDS["smol"] in said
+    assert tables.COMMANDS["train_cpu"] in said
 
 
 def row(ratio: float) -> dict[str, Any]:

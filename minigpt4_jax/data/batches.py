@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from minigpt4_jax.config import IMAGE_TOKEN_ID, UserError
 from minigpt4_jax.data.prompts import (
@@ -28,9 +28,12 @@ from minigpt4_jax.data.prompts import (
 )
 from minigpt4_jax.data.tokenizer import Tokenizer
 
+Shape = tuple[int, int]
+"""Of a batch or a sample: its length in tokens, and its places for targets."""
+
 
 class Batch(TypedDict):
-    """A padded batch. S is the sequence length, A the number of places for targets; both multiples of the config's.
+    """A padded batch. S is the sequence length, A the number of places for targets (see `padding.py`).
 
     Position `target_positions[b, a]` of sample b holds the logits that predict `target_ids[b, a]`; entries where
     `target_mask` is False are padding and count nothing.
@@ -44,6 +47,10 @@ class Batch(TypedDict):
     target_mask: Bool[np.ndarray, "B A"]
     image_index: Int32[np.ndarray, " B"]
     """Number of the sample's picture among the pictures of all sources: its row in the feature cache."""
+    source: NotRequired[Int32[np.ndarray, " B"]]
+    """Number of the sample's source, in a batch of a stream (`pipeline.py`)."""
+    sample_index: NotRequired[Int64[np.ndarray, " B"]]
+    """Number of the sample in its source, likewise. Of a corrupt sample, that of the one in its place."""
     pixels: NotRequired[Float32[np.ndarray, "B H W 3"]]
     """The normalised pictures, where the run trains from pixels."""
 
@@ -162,25 +169,39 @@ def make_example_tokens(
     return join_example(prompt_ids, answer_ids, ignored_targets=ignored_targets, cut_tokens=cut)
 
 
+def size_of(example: ExampleTokens) -> Shape:
+    """Tokens of a sample, and how many of them must be predicted."""
+    return len(example.token_ids), int(example.loss_mask.sum())
+
+
+def padded_shape(examples: Sequence[ExampleTokens], *, length_multiple: int) -> Shape:
+    """The smallest (length, targets) that holds these samples, both rounded up to a multiple; at least one of each."""
+    lengths, targets = zip(*map(size_of, examples), strict=True)
+    return round_up(max(lengths), length_multiple), round_up(max(1, *targets), length_multiple)
+
+
 def collate(
     examples: Sequence[ExampleTokens],
     image_index: Sequence[int],
     *,
     length_multiple: int,
 ) -> Batch:
-    """Pads samples on the right to one batch; both lengths are rounded up to a multiple of `length_multiple`.
+    """`pad_batch` to the smallest shape that holds the samples, rounded up to a multiple of `length_multiple`."""
+    _require_rows(examples, image_index)
+    shape = padded_shape(examples, length_multiple=length_multiple)
+    return pad_batch(examples, image_index, shape=shape)
 
-    Every sample keeps all its tokens. Raises `ValueError` when the counts differ or there is no sample.
+
+def pad_batch(
+    examples: Sequence[ExampleTokens], image_index: Sequence[int], *, shape: Shape
+) -> Batch:
+    """Pads samples on the right to one batch of `shape`, (length, targets).
+
+    Every sample keeps all its tokens. Raises `ValueError` when the counts differ, there is no sample, or one does not
+    fit.
     """
-    if not examples or len(examples) != len(image_index):
-        raise ValueError(
-            f"{len(examples)} samples with {len(image_index)} picture rows; expected as many of each, at least one."
-        )
-    size = len(examples)
-    length = _round_up(max(len(example.token_ids) for example in examples), length_multiple)
-    targets = _round_up(
-        max(1, *(int(example.loss_mask.sum()) for example in examples)), length_multiple
-    )
+    _require_rows(examples, image_index)
+    size, (length, targets) = len(examples), shape
     batch = Batch(
         token_ids=np.zeros((size, length), np.int32),
         attention_mask=np.zeros((size, length), bool),
@@ -191,9 +212,13 @@ def collate(
     )
     for row, example in enumerate(examples):
         end = len(example.token_ids)
+        places = np.flatnonzero(example.loss_mask)
+        if end > length or len(places) > targets:
+            raise ValueError(
+                f"A sample has {end} tokens and {len(places)} targets; expected at most {length} and {targets}."
+            )
         batch["token_ids"][row, :end] = example.token_ids
         batch["attention_mask"][row, :end] = True
-        places = np.flatnonzero(example.loss_mask)
         # Logits at position p predict the token at p + 1. A sample's first token is never a target.
         batch["target_positions"][row, : len(places)] = places - 1
         batch["target_ids"][row, : len(places)] = example.token_ids[places]
@@ -201,5 +226,13 @@ def collate(
     return batch
 
 
-def _round_up(value: int, multiple: int) -> int:
+def _require_rows(examples: Sequence[ExampleTokens], image_index: Sequence[int]) -> None:
+    if not examples or len(examples) != len(image_index):
+        raise ValueError(
+            f"{len(examples)} samples with {len(image_index)} picture rows; expected as many of each, at least one."
+        )
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
     return -(-value // multiple) * multiple

@@ -80,7 +80,7 @@ class Encoder:
             raise UserError("There is no prompt to ask with; expected at least one (data.prompts).")
         self._template, self._tokenizer = template, tokenizer
         self._num_image_tokens = num_image_tokens
-        self._max_text_len, self._max_positions = max_text_len, max_positions
+        self.max_text_len, self._max_positions = max_text_len, max_positions
         self._max_context_len = max_context_len
         self._cut_prompts: set[str | None] = set()
         self._end_symbol = template.end_symbol if end_symbol is None else end_symbol
@@ -97,6 +97,11 @@ class Encoder:
     def num_prompts(self) -> int:
         """Among which `choice` of `encode` chooses."""
         return len(self._prompts)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sample that one of the prompts and one answer can make."""
+        return len(self._prompts[self._longest]) + self.max_text_len
 
     def encode(
         self, example: Example, choice: int, *, process: Callable[[str], str] = as_it_is
@@ -134,15 +139,24 @@ class Encoder:
             )
         return joined
 
-    def check(self, source: Source, *, process: Callable[[str], str] = as_it_is) -> int:
+    def check(
+        self,
+        source: Source,
+        *,
+        process: Callable[[str], str] = as_it_is,
+        require_fit: Callable[[ExampleTokens, str], None] = lambda tokens, name: None,
+    ) -> int:
         """Encodes every example with the longest prompt. Returns how many have a cut answer.
 
-        Raises `UserError` that lists every example that does not fit.
+        `require_fit` gets each with its name, and may raise `SampleFault` too. Raises `UserError` that lists every
+        example that does not fit.
         """
         problems, cut_answers = [], 0
         for index in range(len(source)):
             try:
-                tokens = self.encode(source[index], self._longest, process=process)
+                example = source[index]
+                tokens = self.encode(example, self._longest, process=process)
+                require_fit(tokens, example.name)
                 cut_answers += tokens.cut_tokens > 0
             except SampleFault as fault:
                 problems.append(str(fault))
@@ -187,7 +201,7 @@ class Encoder:
         )
         try:
             return limit_answer(
-                ids, max_text_len=self._max_text_len, truncate=self._truncate, name=name
+                ids, max_text_len=self.max_text_len, truncate=self._truncate, name=name
             )
         except UserError as error:
             raise SampleFault(TEXT_FAULT, str(error)) from error

@@ -59,7 +59,8 @@ class FaultCount:
     A sample counts once, however often it is drawn: after a pass over the source the counts are exactly what is broken
     in it, after ten passes the same. Stand-ins that were tried and found broken count when they are drawn themselves.
     The state is in the checkpoint, so that a resumed run counts on from there; its size is one number per corrupt
-    sample, which `max_share` bounds.
+    sample, which `max_share` bounds. With several processes each finds the faults of its own rows; `add_state` puts
+    them together.
     """
 
     def __init__(
@@ -87,24 +88,16 @@ class FaultCount:
             if count == NAMED_PER_REASON:
                 logger.warning("Further ones (%s) are counted, not named.", fault.reason)
         if faults:
-            seen = min(self.size, max(self.drawn, SMALLEST_BASE))
-            require_share(
-                self.name,
-                self._counts,
-                of=seen,
-                max_share=self._max_share,
-                example=faults[-1].message,
-                setting=self._setting,
-            )
+            self._require_share(faults[-1].message)
 
     def counts(self) -> dict[str, int]:
         """Corrupt samples by reason."""
         return dict(self._counts)
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-like, for the checkpoint."""
+        """JSON-like, for the checkpoint; equal counts give equal states."""
         faults: dict[str, list[int]] = {}
-        for index, reason in self._reasons.items():
+        for index, reason in sorted(self._reasons.items(), key=lambda item: (item[1], item[0])):
             faults.setdefault(reason, []).append(index)
         return {"size": self.size, "drawn": self.drawn, "faults": faults}
 
@@ -120,6 +113,35 @@ class FaultCount:
             index: reason for reason, places in state["faults"].items() for index in places
         }
         self._counts = Counter(self._reasons.values())
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Counts what another process of the run has found: the union of its samples and these.
+
+        Twice is once. Raises `UserError` when the other reads another source, or the share of all is above the limit.
+        """
+        own = {"size": self.size, "drawn": self.drawn}
+        if {key: state[key] for key in own} != own:
+            raise UserError(
+                f"Source {self.name!r} has {self.size} samples, {self.drawn} of them drawn, in one process and "
+                f"{state['size']}, {state['drawn']} of them drawn, in another; expected the same files in every "
+                "process. Give all hosts the same files."
+            )
+        new = {index: reason for reason, places in state["faults"].items() for index in places}
+        self._reasons = new | self._reasons
+        self._counts = Counter(self._reasons.values())
+        if new:
+            index, reason = next(reversed(new.items()))
+            self._require_share(f"sample {index}, {reason}; its process has named it.")
+
+    def _require_share(self, example: str) -> None:
+        require_share(
+            self.name,
+            self._counts,
+            of=min(self.size, max(self.drawn, SMALLEST_BASE)),
+            max_share=self._max_share,
+            example=example,
+            setting=self._setting,
+        )
 
 
 def require_share(

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -119,6 +120,24 @@ class Engine(Loop):
                 job()
                 if progress is not None:
                     progress(number + 1, len(jobs))
+
+    def set_projection(self, projection: Params) -> None:
+        """Another `llama_proj` from here on; nothing is compiled anew. Embeddings made before are those of the old one.
+
+        Raises `ValueError` unless names and shapes are those of the present one.
+        """
+        runner = self._runner
+        before: Params = runner.params["llama_proj"]
+        shapes = [
+            {name: leaf.shape for name, leaf in tree.items()} for tree in (before, projection)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"The projection has {shapes[1]}; expected {shapes[0]}.")
+        placed = {
+            name: jax.device_put(np.asarray(projection[name]).astype(leaf.dtype), leaf.sharding)
+            for name, leaf in before.items()
+        }
+        runner.params = {**runner.params, "llama_proj": placed}
 
     # --- requests ---
 

@@ -14,6 +14,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+KEPT = ("q", "k", "v", "x_mid", "gate", "up")
+"""What a block of the language model keeps under `remat="names"`, beside its input: all that its backward pass reads.
+
+A matmul with a frozen kernel needs no input there, for the gradient of its input is `dy @ kernel.T`. What is left are
+the points where a nonlinearity begins: attention reads q, k and v (after rope), the second norm `x_mid`, SwiGLU both
+halves; norms, softmax and silu are computed again from these. The names are given by `jax.ad_checkpoint`."""
+
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps) * scale`, reduced in float32 (Zhang & Sennrich, arXiv 1910.07467).
@@ -107,6 +114,7 @@ def run_blocks(
     x: Array,
     caches: tuple[Any, ...] | None,
     args: tuple[Any, ...],
+    remat: str = "none",
 ) -> tuple[Array, tuple[Any, ...] | None, Array]:
     """Runs the repeated blocks of a tower inside the caller's linen scope.
 
@@ -115,6 +123,8 @@ def run_blocks(
             False reads one sub-tree per layer (decoding: no copy of a layer's weights out of the stack).
         caches: one cache per layer, or None. Only the unstacked form takes caches.
         args: passed to every block after `x` and its cache.
+        remat: of the stacked form, what a backward pass finds ready: `none` leaves it to JAX, which keeps every value
+            that a derivative reads; `names` keeps the input of each block and `KEPT`; `full` the input alone.
 
     Returns:
         The last residual stream, the new caches, and the stream after every block `[L, ...]` (dead code unless the
@@ -127,8 +137,16 @@ def run_blocks(
         raise ValueError(
             "The stacked layout has no KV cache; convert the parameters to models.layout.DECODE first."
         )
+    body: Any = _ScanBody
+    if remat != "none":
+        policies = {
+            "names": jax.checkpoint_policies.save_only_these_names(*KEPT),
+            "full": jax.checkpoint_policies.nothing_saveable,
+        }
+        # A loop's body is never merged with its recomputation: the barriers against that would only cost time.
+        body = nn.remat(_ScanBody, policy=policies[remat], prevent_cse=False)
     scanned = nn.scan(
-        _ScanBody,
+        body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * len(args),

@@ -12,6 +12,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -23,7 +24,7 @@ from minigpt4_jax.models.kv_cache import KVCache, LayerCache
 from minigpt4_jax.models.layers import Dense, RMSNorm, multiply_rows, run_blocks
 from minigpt4_jax.models.layout import Layout, fused_widths, split_columns
 from minigpt4_jax.models.rope import rotate
-from minigpt4_jax.sharding import constrain
+from minigpt4_jax.sharding import constrain, constrain_rows
 
 
 def make_matrix(
@@ -33,6 +34,11 @@ def make_matrix(
     if layout.int8:
         return Int8Dense(features, dtype, name=name)
     return Dense(features, False, dtype, name=name)
+
+
+def _named(x: Array, name: str, layout: Layout) -> Array:
+    """In the layout for training: `x` laid where the mesh wants it, under the name by which `remat` may keep it."""
+    return checkpoint_name(constrain_rows(x, name), name) if layout.stacked else x
 
 
 class SelfAttention(nn.Module):
@@ -59,6 +65,7 @@ class SelfAttention(nn.Module):
         q = rotate(q.reshape(*lead, -1, cfg.head_dim), positions, base=cfg.rope_base)
         k = rotate(k.reshape(*lead, -1, cfg.head_dim), positions, base=cfg.rope_base)
         v = v.reshape(*lead, -1, cfg.head_dim)
+        q, k, v = (_named(part, name, self.layout) for part, name in ((q, "q"), (k, "k"), (v, "v")))
         k_scale = v_scale = None
         if cache is not None:
             length = mask.shape[-1]
@@ -86,6 +93,7 @@ class Mlp(nn.Module):
         else:
             names = ("gate_proj", "up_proj")
             gate, up = (matrix(w, name=name)(x) for name, w in zip(names, widths, strict=True))
+        gate, up = _named(gate, "gate", self.layout), _named(up, "up", self.layout)
         return matrix(self.config.width, name="down_proj")(jax.nn.silu(gate) * up)
 
 
@@ -101,13 +109,15 @@ class Block(nn.Module):
         self, x: Embeds, cache: LayerCache | None, positions: Int[Array, "B S"], mask: Mask
     ) -> tuple[Embeds, LayerCache | None]:
         cfg = self.config
+        x = _named(x, "x", self.layout)
         y = RMSNorm(cfg.norm_eps, self.dtype, name="input_layernorm")(x)
         y, cache = SelfAttention(cfg, self.layout, self.dtype, name="self_attn")(
             y, cache, positions, mask
         )
-        x = x + y
+        x = _named(x + y, "x_mid", self.layout)
         y = RMSNorm(cfg.norm_eps, self.dtype, name="post_attention_layernorm")(x)
-        return x + Mlp(cfg, self.layout, self.dtype, name="mlp")(y), cache
+        x = x + Mlp(cfg, self.layout, self.dtype, name="mlp")(y)
+        return _named(x, "x", self.layout), cache
 
 
 class Llama(nn.Module):
@@ -116,6 +126,8 @@ class Llama(nn.Module):
     config: LlamaConfig
     layout: Layout
     dtype: DTypeLike
+    remat: str = "none"
+    """See `layers.run_blocks`."""
 
     def setup(self) -> None:
         cfg = self.config
@@ -171,5 +183,6 @@ class Llama(nn.Module):
             x=constrain(embeds.astype(self.dtype)),
             caches=caches,
             args=(positions, mask),
+            remat=self.remat,
         )
         return constrain(self.norm(x)), caches, states

@@ -75,6 +75,8 @@ class MiniGPT4(nn.Module):
     config: ModelConfig
     layout: Layout
     dtype: DTypeLike
+    remat: str = "none"
+    """What the backward pass through the language model finds ready; of the layout `TRAIN`. See `layers.run_blocks`."""
 
     def setup(self) -> None:
         cfg = self.config
@@ -83,7 +85,7 @@ class MiniGPT4(nn.Module):
         if cfg.qformer is not None:
             self.qformer = QFormer(cfg.qformer, self.dtype)
         self.llama_proj = Dense(cfg.llama.width, True, self.dtype)
-        self.llama = Llama(cfg.llama, self.layout, self.dtype)
+        self.llama = Llama(cfg.llama, self.layout, self.dtype, self.remat)
 
     def encode_vision(self, images: Images) -> tuple[Float[Array, "I R C"], dict[str, Array]]:
         """The frozen part of the image path: what `llama_proj` reads, and the hidden states on the way.
@@ -177,9 +179,11 @@ def make_positions(attention_mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
 
 
-def make_model(config: ModelConfig, *, layout: Layout, dtype: DTypeLike) -> MiniGPT4:
-    """The linen module for parameters in `layout`, computing in `dtype`."""
-    return MiniGPT4(config, layout, dtype)
+def make_model(
+    config: ModelConfig, *, layout: Layout, dtype: DTypeLike, remat: str = "none"
+) -> MiniGPT4:
+    """The linen module for parameters in `layout`, computing in `dtype`; `remat` as `layers.run_blocks` takes it."""
+    return MiniGPT4(config, layout, dtype, remat)
 
 
 def apply_method(model: MiniGPT4, params: Params, method: str, *args: Any, **kwargs: Any) -> Any:

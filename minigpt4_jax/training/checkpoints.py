@@ -1,36 +1,55 @@
 """The checkpoints of a training run: what it needs to continue bit for bit, every few hundred steps.
 
-For: `TrainCheckpoints`. Not for: whole parameter trees (`checkpoint.py`), what is in the state (`state.py`), or when to
-save (`loop.py`).
+For: `TrainCheckpoints`. Not for: whole parameter trees (`checkpoint.py`), what is in the state (`state.py`), when to
+save and what to do when that fails (`saving.py`), which step is whole (`quarantine.py`).
 
-Every step carries checksums of its files, written before the step gets its name and compared before it is read: Orbax
-by itself returns arrays with flipped bits. A damaged step is refused by name, with the newest good one and the way
-back to it; nothing is continued from an older step unasked.
+Every step carries the SHA-256 of its files, written before the step gets its name and compared before it is read:
+Orbax by itself returns arrays with flipped bits. A damaged step is set aside and the newest good one is restored.
 Differs from the original, which keeps one pickle per epoch and loads it with `strict=False`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from minigpt4_jax.checkpoint import (
     CheckpointError,
     Tree,
-    find_damage,
-    listed,
     readable,
     require_room,
     require_same_trees,
     writable,
 )
-from minigpt4_jax.checksums import NewerFormat, damaged_files, write_checksums
+from minigpt4_jax.checksums import add_late_checksums, write_checksums
+from minigpt4_jax.config import UserError
+from minigpt4_jax.exits import Stopped
+from minigpt4_jax.training.quarantine import Damage, newest_whole_step, set_aside
+
+_log = logging.getLogger(__name__)
+_NO_STEP, _REFUSED = -1, -2
+LAST_SAVE_S = 10.0
+"""That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
+_T = TypeVar("_T")
+
+
+def from_process_0(value: int) -> int:
+    """The `value` that process 0 gave. All processes of a run must call it; in a run of one nothing is sent."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Restored(NamedTuple):
@@ -56,16 +75,23 @@ class TrainCheckpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], *, max_to_keep: int) -> None:
         self._folder = Path(workdir).absolute() / "checkpoints"
+        self._max_to_keep = max_to_keep
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
+        self._damage: Damage = {}
+        self._manager = self._make_manager()
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep,
+                max_to_keep=self._max_to_keep,
                 create=True,
                 cleanup_tmp_directories=True,
-                # Called when all files are written and the step does not yet have its name.
                 async_options=ocp.options.AsyncOptions(
-                    post_finalization_callback=self._write_checksums
+                    # Called when all files are written and the step does not yet have its name.
+                    post_finalization_callback=self._write_checksums,
+                    # In the background, a folder that a full disk refuses is waited for, for five minutes.
+                    create_directories_asynchronously=False,
                 ),
             ),
             item_handlers={
@@ -84,7 +110,18 @@ class TrainCheckpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is not None and jax.process_count() > 1 and not isinstance(error, Stopped):
+            # Closing waits for all processes, and the others need not be on their way here.
+            self._let_finish(LAST_SAVE_S)
+            return
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            _log.warning(
+                "%s", failed
+            )  # beside the error that ends the run, which must not be hidden
 
     @property
     def latest_step(self) -> int | None:
@@ -104,8 +141,8 @@ class TrainCheckpoints:
             meta: JSON-serialisable facts that a resumed run compares, such as its config.
         """
         self.wait_until_finished()  # one at a time: `_saving` is the one
+        self._require_room(state)
         self._saving = step
-        require_room(self._folder, state)
         with writable(self._folder):
             self._manager.save(
                 step,
@@ -116,27 +153,36 @@ class TrainCheckpoints:
                 ),
             )
 
+    def _require_room(self, state: Tree) -> None:
+        """Process 0 looks for all: alone with an error it would leave the others waiting in the save."""
+        problem: CheckpointError | None = None
+        if jax.process_index() == 0:
+            try:
+                require_room(self._folder, state)
+            except CheckpointError as error:
+                problem = error
+        if from_process_0(problem is not None):
+            raise problem or CheckpointError(
+                f"Process 0 found no room for a checkpoint in {self._folder}; its message says more."
+            )
+
     def _write_checksums(self) -> None:
         if jax.process_index() == 0:
             (folder,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            write_checksums(folder)
+            write_checksums(folder, kind="sha256")
 
     def restore_latest(self, abstract: Tree) -> Restored | None:
-        """The newest complete step, or None in a fresh run.
+        """The newest step that is whole, or None in a fresh run. Newer ones are set aside, and that is said.
 
         Args:
             abstract: tree of `jax.ShapeDtypeStruct` (with shardings, if any) like the saved `state`. Names, shapes and
                 dtypes must agree: a resumed run continues exactly or not at all.
 
         Raises:
-            CheckpointError: the step is damaged or of another run. No older one is taken in its place: the message
-                names the newest good step and how to continue from it.
+            CheckpointError: there are steps and none of them is whole, or the newest whole one is of another run.
+                Nothing is set aside then.
             NewerFormat: a later version of this project wrote it.
         """
-        step = self._whole_latest_step()
-        if step is None:
-            return None
-        where = self._folder / str(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         targets = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -144,12 +190,56 @@ class TrainCheckpoints:
             ),
             abstract,
         )
-        with readable(where):
+        restored = self._from_newest_whole(lambda step: self._restore(step, targets))
+        if restored is not None:
+            if jax.process_index() == 0:
+                set_aside(self._folder, self._damage, good=restored.step)
+            from_process_0(0)  # nobody looks before process 0 has renamed
+            self._manager.reload()
+        return restored
+
+    def latest_meta(self) -> dict[str, Any] | None:
+        """The `meta` of the newest step that is whole, read without its arrays; None in a fresh run.
+
+        Raises the errors of `restore_latest`. Nothing is set aside: it may be another run's.
+        """
+        return self._from_newest_whole(self._meta)
+
+    def _from_newest_whole(self, read: Callable[[int], _T]) -> _T | None:
+        """What `read` makes of the newest step that it can read."""
+        while (step := self._newest_whole_step()) is not None:
+            try:
+                return read(step)
+            except _Unreadable as error:
+                if jax.process_count() > 1:
+                    raise  # the others may have read it
+                self._damage[step] = [str(error)]
+        return None
+
+    def _newest_whole_step(self) -> int | None:
+        """As process 0 finds it."""
+        found, refused = _NO_STEP, None
+        if jax.process_index() == 0:
+            try:
+                step = newest_whole_step(self._folder, self._damage)
+                found = _NO_STEP if step is None else step
+            except UserError as error:
+                found, refused = _REFUSED, error
+        found = from_process_0(found)
+        if found == _REFUSED:
+            raise refused or CheckpointError(
+                f"Process 0 refuses the checkpoints in {self._folder}; its message says why."
+            )
+        return None if found == _NO_STEP else found
+
+    def _restore(self, step: int, targets: Tree) -> Restored:
+        where = self._folder / str(step)
+        with _unreadable(where):
             stored = self._manager.item_metadata(step)["state"]
             if stored is None:
                 raise ValueError("its metadata cannot be read")
         require_same_trees(stored.tree, targets, what=f"The training checkpoint {where}")
-        with readable(where):
+        with _unreadable(where):
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -163,54 +253,69 @@ class TrainCheckpoints:
             )
         return Restored(step, found["state"], found["data_state"], found["meta"])
 
-    def latest_meta(self) -> dict[str, Any] | None:
-        """The `meta` of the newest complete step, read without its arrays; None in a fresh run.
-
-        Raises the errors of `restore_latest`.
-        """
-        step = self._whole_latest_step()
-        if step is None:
-            return None
-        with readable(self._folder / str(step)):
+    def _meta(self, step: int) -> dict[str, Any]:
+        with _unreadable(self._folder / str(step)):
             found = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
         meta: dict[str, Any] = found["meta"]
         return meta
 
-    def _whole_latest_step(self) -> int | None:
-        """The newest complete step, its files compared with their checksums."""
-        step = self.latest_step
-        if step is None:
-            return None
-        where = self._folder / str(step)
-        problems = find_damage(where)
-        if problems:
-            raise CheckpointError(
-                f"The training checkpoint {where} is damaged: {listed(problems)}. {self._way_back(step)}"
-            )
-        return step
+    def _let_finish(self, limit_s: float) -> None:
+        """Gives a save that is on its way some time."""
+        end_s = time.monotonic() + limit_s
+        while self.busy and time.monotonic() < end_s:
+            time.sleep(0.05)
 
-    def _way_back(self, damaged: int) -> str:
-        """How to continue without the newest step: the newest older one whose files are as they were written."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            with contextlib.suppress(NewerFormat):
-                if step < damaged and not damaged_files(self._folder / str(step)):
-                    newer = sorted(s for s in self._manager.all_steps() if s > step)
-                    folders = ", ".join(str(self._folder / str(s)) for s in newer)
-                    return (
-                        f"The newest good step is {step}. To continue from it, remove {folders} and run the command "
-                        "again."
-                    )
-        return "There is no good older step. Start in a new workdir, or bring this folder back from a copy."
+    @property
+    def busy(self) -> bool:
+        """A save is on its way to the disk."""
+        return bool(self._manager.is_saving_in_progress())
 
     def wait_until_finished(self) -> None:
-        """Returns when every save that was started is on disk."""
+        """Returns when every save that was started is on disk.
+
+        Raises:
+            CheckpointError: the disk is full or refuses. `discard_unfinished` before the next save.
+            OSError: anything else that the system can say.
+        """
         with writable(self._folder):
             self._manager.wait_until_finished()
+        step, self._saving = self._saving, None
+        if step is not None and jax.process_index() == 0:
+            try:
+                # Orbax wrote these behind the callback; a run killed before this line leaves them uncompared.
+                add_late_checksums(self._folder / str(step))
+            except OSError as error:  # the step is whole without them
+                _log.warning(
+                    "The checksums of step %d are without Orbax's own two: %s", step, error
+                )
+
+    def discard_unfinished(self) -> None:
+        """After a failed save: removes what it left, and forgets that it was begun. Whole steps stay."""
+        self._saving = None
+        with contextlib.suppress(ValueError, OSError):  # what failed, once more
+            self._manager.close()
+        if jax.process_index() == 0:
+            for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)  # the next manager removes the rest
+        self._manager = self._make_manager()  # reads the folder anew
 
     def close(self) -> None:
         """Waits for the saves and frees the background threads."""
+        self.wait_until_finished()
         with writable(self._folder):
-            self._manager.wait_until_finished()
             self._manager.close()
+
+
+class _Unreadable(CheckpointError):
+    """Orbax cannot read the files, although no checksum speaks against them."""
+
+
+@contextlib.contextmanager
+def _unreadable(where: Path) -> Iterator[None]:
+    try:
+        with readable(where):
+            yield
+    except CheckpointError as error:
+        raise _Unreadable(str(error)) from error

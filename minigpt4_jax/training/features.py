@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +35,20 @@ class Encoded(NamedTuple):
 
 
 def fingerprint(
-    images: Iterable[bytes], params: Params, *, config: ModelConfig, preprocessing: str
+    images: Iterable[bytes],
+    weights: Mapping[str, str],
+    *,
+    config: ModelConfig,
+    preprocessing: str,
 ) -> str:
-    """SHA-256 over every picture's file, the preprocessing's description and the weights that make features."""
+    """SHA-256 over every picture's file, the preprocessing's description and the weights that make features.
+
+    Args:
+        weights: `FrozenWeights.fingerprints`; those of `config.vision_parts` count.
+    """
     digest = hashlib.sha256(preprocessing.encode())
-    for leaf in jax.tree.leaves({name: params[name] for name in config.vision_parts}):
-        digest.update(np.asarray(leaf).tobytes())
+    for name in config.vision_parts:
+        digest.update(f"{name} {weights[name]};".encode())
     for data in images:
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
@@ -52,7 +60,7 @@ def encode_features(
     folder: Path,
     key: str,
     model: MiniGPT4,
-    params: Params,
+    load_params: Callable[[], Params],
     preprocess: Callable[[int], np.ndarray],
     batch_size: int,
     advance: Callable[[int], None],
@@ -64,6 +72,7 @@ def encode_features(
 
     Args:
         key: from `fingerprint`; part of the file's name.
+        load_params: the parameters `config.vision_parts`, asked for only if a picture is left to encode.
         preprocess: number of a picture -> float32 `[H, W, 3]`, normalised; or raises `SampleFault`.
         advance: called with the number of newly finished pictures.
 
@@ -96,7 +105,7 @@ def encode_features(
         with partial.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
     encode = make_encoder(model)
-    vision = {name: params[name] for name in model.config.vision_parts}
+    vision = load_params()
     advance(start)
     for first in range(start, count, batch_size):
         last = min(count, first + batch_size)
@@ -121,7 +130,7 @@ def encode_features(
     return Encoded(whole, _read_faults(faults))
 
 
-def make_encoder(model: MiniGPT4) -> Callable[[Params, np.ndarray], jax.Array]:
+def make_encoder(model: MiniGPT4) -> Callable[[Params, np.ndarray | jax.Array], jax.Array]:
     """The compiled image path: the parameters `vision_parts` and pixels [B, H, W, 3] to features [B, R, C]."""
     return jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0])
 

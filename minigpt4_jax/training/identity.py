@@ -7,17 +7,14 @@ For: what a checkpoint says about its run, and refusing to continue another one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from minigpt4_jax.checkpoint import leaf_names
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.prompts import load_prompts
 from minigpt4_jax.train_config import DataConfig, TrainConfig
+from minigpt4_jax.training.frozen import hash_tree
 from minigpt4_jax.training.state import Projection
 
 FREE_SETTINGS = (
@@ -35,12 +32,12 @@ def run_prompts(config: DataConfig) -> tuple[str, ...]:
 
 
 def run_identity(
-    config: TrainConfig, *, frozen: dict[str, Any], start: Projection | None
+    config: TrainConfig, *, frozen: Mapping[str, str], start: Projection | None
 ) -> dict[str, Any]:
     """Every setting but the free ones, and the contents of what the settings only name; JSON-like.
 
     Args:
-        frozen: the frozen parameters as they were loaded.
+        frozen: fingerprints of the frozen weights: `FrozenWeights.fingerprints`.
         start: the projection read from the file that `config.init_projection` names, if it names one.
     """
     settings = dataclasses.asdict(config)
@@ -48,26 +45,21 @@ def run_identity(
     for name in FREE_DATA_SETTINGS:
         del identity["data"][name]
     identity["data"]["prompts"] = run_prompts(config.data)
-    identity["frozen_weights"] = hash_tree(frozen)
+    identity["frozen_weights"] = dict(frozen)
     identity["start_projection"] = None if start is None else hash_tree(start)
     plain: dict[str, Any] = json.loads(json.dumps(identity))  # as it comes back from a checkpoint
     return plain
-
-
-def hash_tree(tree: Any) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of all leaves."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(leaf_names(tree).items()):
-        values = np.asarray(leaf)
-        digest.update(f"{name} {values.dtype} {values.shape};".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
 
 
 def require_same_run(workdir: str, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
     """Raises `UserError` naming everything that differs from the run in `workdir`. None: there is no run yet."""
     if before is None:
         return
+    if isinstance(before.get("frozen_weights"), str):
+        raise UserError(
+            f"{workdir} holds a run of an earlier version, which named the frozen weights by one hash of all their "
+            "numbers; expected a fingerprint for each part. Finish it with that version, or start in another workdir."
+        )
     old, new = dict(_dotted(before)), dict(_dotted(now))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name))
     if changed:

@@ -1,6 +1,6 @@
 """A training run, from features to the finished projection. Reads top to bottom; all side effects of training are here.
 
-Not for: loading the frozen weights and the tokenizer (the entry point hands them in), or the arithmetic (`step.py`).
+Not for: finding the frozen weights and the tokenizer (the entry point hands them in), or the arithmetic (`step.py`).
 Differs from the original: a run resumes at the very step and sample where it stopped, not at an epoch.
 """
 
@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
 from minigpt4_jax.config import UserError
 from minigpt4_jax.data.batches import Batch
 from minigpt4_jax.data.datasets import Part, image_offsets, open_sources
 from minigpt4_jax.data.encoding import Encoder
 from minigpt4_jax.data.faults import SampleFault
+from minigpt4_jax.data.padding import batch_shapes
 from minigpt4_jax.data.pipeline import Pipeline, make_pipeline
 from minigpt4_jax.data.prompts import (
     encode_pieces,
@@ -30,19 +31,28 @@ from minigpt4_jax.data.prompts import (
 )
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.model_folder import find_preset
-from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
-from minigpt4_jax.models.minigpt4 import Params, make_model
+from minigpt4_jax.models.layout import TRAIN
+from minigpt4_jax.models.minigpt4 import make_model
 from minigpt4_jax.presets import Preset
+from minigpt4_jax.sharding import make_shardings, replicated
 from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.training.account import Account
+from minigpt4_jax.training.captions import Caption
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
+from minigpt4_jax.training.distributed import is_first_process
+from minigpt4_jax.training.frozen import FrozenWeights
+from minigpt4_jax.training.held_out import Evaluate, LossSum, make_eval_step, open_held_out
 from minigpt4_jax.training.identity import require_same_run, run_identity, run_prompts
 from minigpt4_jax.training.init import caption_targets, random_projection, ridge_projection
 from minigpt4_jax.training.metrics import make_progress
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.state import Projection, TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
-from minigpt4_jax.training.steps import TakeStep, run_steps
+from minigpt4_jax.training.placement import agree, batch_share, choose_mesh, place_rows
+from minigpt4_jax.training.program import TrainPrograms, abstract_state, start_state
+from minigpt4_jax.training.state import Projection, TrainBatch
+from minigpt4_jax.training.steps import TakeStep, Watch, run_steps
 from minigpt4_jax.training.stopping import stop_after_step
+from minigpt4_jax.training.together import first_process_first
+from minigpt4_jax.training.utilisation import make_speed
 from minigpt4_jax.training.vision import CachedVision, Vision, make_vision
 
 RIDGE_WITHIN, RIDGE_PENALTY = 0.1, 0.01
@@ -53,21 +63,24 @@ Save = Callable[[Path, Projection], None]
 def train(
     config: TrainConfig,
     *,
-    params: Params,
+    frozen: FrozenWeights,
     tokenizer: Tokenizer,
     start: Projection | None,
     save_projection: Save,
+    caption: Caption | None = None,
 ) -> Projection:
     """Trains the projection and returns it. Called again with the same `workdir`, it goes on where it stopped.
 
     Args:
-        params: the frozen parameters (all but `llama_proj`) in the `DISK` layout, float32.
+        frozen: the frozen parameters (all but `llama_proj`), read when and where they are needed.
         start: the projection to start from when `config.init_projection` names a file (the entry point read it).
         save_projection: called with `<workdir>/projection.safetensors` when the last step is done.
+        caption: what the model says of pictures with the projection it is given, for `config.held_out`; None: nothing.
 
     Raises:
-        UserError: no workdir, a broken data folder, or a checkpoint of another run in `workdir`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the step that was running is saved first.
+        UserError: no workdir, a broken data folder, a batch that the devices cannot share, or a checkpoint of another
+            run in `workdir`.
+        Stopped: Ctrl-C or SIGTERM; the step that was running is saved first.
     """
     if not config.workdir or not config.data.all_sources():
         raise UserError(
@@ -79,40 +92,66 @@ def train(
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     tx = make_optimizer(config.optimizer)
-    with TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints:
+    with (
+        Account(workdir) as account,
+        TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
+    ):
         # First of all: minutes of encoding for a run that is then refused would be in vain.
-        meta = {"run": run_identity(config, frozen=params, start=start)}
+        meta = {"run": run_identity(config, frozen=frozen.fingerprints(), start=start)}
         require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
-        parts = _open_sources(config)
         dtype = _frozen_dtype(config.dtype)
-        vision = make_vision(config, preset, parts, params, dtype=dtype)
+        mesh, reason = choose_mesh(config, preset.model, dtype=dtype)
+        if is_first_process():
+            print(reason, flush=True)
+        parts = _open_sources(config)
+        with first_process_first("features"):
+            vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
         with (
-            make_batches(config, preset, parts, vision, tokenizer) as batches,
+            make_batches(
+                config, preset, parts, vision, tokenizer, share=batch_share(mesh)
+            ) as batches,
             stop_after_step() as stop,
         ):
-            shape = (preset.model.projection_in, preset.model.llama.width)
-            blank = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
-            restored = checkpoints.restore_latest(
-                jax.eval_shape(lambda p: init_state(p, tx), blank)
-            )
+            restored = checkpoints.restore_latest(abstract_state(preset.model, tx, mesh=mesh))
             if restored is not None:
                 batches.set_state(restored.data_state)
                 state, step = restored.state, restored.step
             else:
                 projection = start or _initial_projection(
-                    config, preset, parts, vision, tokenizer, params
+                    config, preset, parts, vision, tokenizer, frozen
                 )
-                # A copy: the step donates its state, and `start` is the caller's.
-                state, step = init_state(jax.tree.map(jnp.array, projection), tx), 0
-            take_step = _make_step(preset, tx, params=params, vision=vision, dtype=dtype)
-            state, step = run_steps(
-                config, state, step, take_step, batches, checkpoints, meta=meta, stop=stop
+                state, step = start_state(agree(projection), tx, mesh=mesh), 0
+            take_step, evaluate = _make_step(
+                config, preset, frozen, vision=vision, mesh=mesh, dtype=dtype, account=account
             )
-        checkpoints.wait_until_finished()
-        if step < config.optimizer.max_steps:
-            raise KeyboardInterrupt
+            held_out = open_held_out(
+                config,
+                preset,
+                frozen,
+                encoder=lambda: make_encoder(config, preset, tokenizer),
+                vision=vision,
+                mesh=mesh,
+                dtype=dtype,
+                evaluate=evaluate,
+                caption=caption,
+            )
+            speed = make_speed(
+                preset.model,
+                batch_size=config.data.batch_size,
+                vision=not config.cache_features,
+            )
+            watch = Watch(account, speed, held_out)
+            account.begin("step")
+            try:
+                state, step = run_steps(
+                    config, state, step, take_step, batches, checkpoints, parts=parts, meta=meta, stop=stop, watch=watch
+                )  # fmt: skip
+            finally:
+                if is_first_process():
+                    print(account.summary(), flush=True)
     trained: Projection = jax.tree.map(np.asarray, state.projection)
-    save_projection(workdir / "projection.safetensors", trained)
+    if is_first_process():
+        save_projection(workdir / "projection.safetensors", trained)
     return trained
 
 
@@ -126,35 +165,48 @@ def _open_sources(config: TrainConfig) -> list[Part]:
 
 
 def _make_step(
-    preset: Preset,
-    tx: optax.GradientTransformationExtraArgs,
-    *,
-    params: Params,
-    vision: Vision,
-    dtype: Any,
-) -> TakeStep:
-    """The compiled step with everything that stays the same during a run; it consumes the state it is given."""
-    frozen = {
-        "llama": jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, dtype),
-            convert_layout(params["llama"], DISK, TRAIN, llama=preset.model.llama),
-        )
-    }
-    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
-    train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    return lambda state, batch: train_step(state, frozen, _to_device(batch, vision))
-
-
-def make_batches(
     config: TrainConfig,
     preset: Preset,
-    parts: Sequence[Part],
+    frozen: FrozenWeights,
+    *,
     vision: Vision,
-    tokenizer: Tokenizer,
-) -> Pipeline:
-    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
+    mesh: Mesh,
+    dtype: Any,
+    account: Account,
+) -> tuple[TakeStep, Evaluate]:
+    """The compiled step and the compiled loss with everything that stays the same during a run.
 
-    Raises `UserError` for texts that do not fit, and for a pad token that would take the end symbol with it.
+    A step consumes the state that it is given.
+    """
+    programs = TrainPrograms(
+        preset.model, config.optimizer, mesh=mesh, remat=config.remat, dtype=dtype
+    )
+    shapes = batch_shapes(config.data)
+    with account.spend("compile"), make_progress(quiet=not shapes) as progress:
+        task = progress.add_task("compiling", total=len(shapes), numbers="")
+        programs.compile_ahead(
+            shapes,
+            batch_size=config.data.batch_size,
+            advance=lambda: progress.advance(task),
+        )
+    llama = frozen.load(
+        ("llama",), layout=TRAIN, dtype=dtype, place=lambda tree: make_shardings(mesh, tree)
+    )
+    model = make_model(preset.model, layout=TRAIN, dtype=dtype)
+    eval_step = jax.jit(make_eval_step(model), out_shardings=replicated(mesh))
+
+    def evaluate(projection: Projection, batch: Batch, seen: Vision) -> LossSum:
+        with jax.set_mesh(mesh):
+            found: LossSum = eval_step(projection, llama, _to_device(batch, seen, mesh))
+            return found
+
+    return lambda state, batch: programs(state, llama, _to_device(batch, vision, mesh)), evaluate
+
+
+def make_encoder(config: TrainConfig, preset: Preset, tokenizer: Tokenizer) -> Encoder:
+    """What makes tokens of words, in the words of `config.data`.
+
+    Raises `UserError` for a pad token that would take the end symbol with it.
     """
     data, template = config.data, get_template(config.data.template)
     end = end_symbol_pieces(data.end_sym, tokenizer) if data.end_sym else template.end_symbol
@@ -164,7 +216,7 @@ def make_batches(
             f"data.mask_pad_token is true and the tokenizer's pad token is part of the end symbol "
             f"{pieces_text(end)!r}; the model would never learn to stop. Set it to false."
         )
-    encoder = Encoder(
+    return Encoder(
         template,
         tokenizer,
         prompts=run_prompts(data) or (None,),
@@ -176,12 +228,32 @@ def make_batches(
         ignored_targets=ignored,
         truncate=data.truncate,
     )
+
+
+def make_batches(
+    config: TrainConfig,
+    preset: Preset,
+    parts: Sequence[Part],
+    vision: Vision,
+    tokenizer: Tokenizer,
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> Pipeline:
+    """The stream of batches over `parts` in the words of `config.data`; says what `truncate` cut.
+
+    Raises `UserError` for texts that do not fit, and as `make_encoder`.
+    """
+    data, encoder = config.data, make_encoder(config, preset, tokenizer)
     batches = make_pipeline(
         parts,
         encoder,
         seed=data.seed,
         batch_size=data.batch_size,
         length_multiple=data.length_multiple,
+        length_buckets=data.length_buckets,
+        bucket_window=data.bucket_window,
+        process_index=share[0],
+        process_count=share[1],
         max_corrupt_share=data.max_corrupt_share,
         pictures=vision.pictures,
         bad_images=vision.bad_images,
@@ -203,9 +275,9 @@ def _initial_projection(
     parts: Sequence[Part],
     vision: Vision,
     tokenizer: Tokenizer,
-    params: Params,
+    frozen: FrozenWeights,
 ) -> Projection:
-    embedding = np.asarray(params["llama"]["embed_tokens"]["embedding"], np.float32)
+    embedding = np.asarray(frozen.read("llama/embed_tokens/embedding"), np.float32)
     if config.init_projection == "random":
         key = jax.random.key(config.seed)
         return random_projection(preset.model, key, embed_std=float(embedding.std()))
@@ -235,12 +307,12 @@ def _frozen_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _to_device(batch: Batch, vision: Vision) -> TrainBatch:
+def _to_device(batch: Batch, vision: Vision, mesh: Mesh) -> TrainBatch:
     return TrainBatch(
-        token_ids=jnp.asarray(batch["token_ids"]),
-        attention_mask=jnp.asarray(batch["attention_mask"]),
-        target_positions=jnp.asarray(batch["target_positions"]),
-        target_ids=jnp.asarray(batch["target_ids"]),
-        target_mask=jnp.asarray(batch["target_mask"]),
+        token_ids=place_rows(batch["token_ids"], mesh),
+        attention_mask=place_rows(batch["attention_mask"], mesh),
+        target_positions=place_rows(batch["target_positions"], mesh),
+        target_ids=place_rows(batch["target_ids"], mesh),
+        target_mask=place_rows(batch["target_mask"], mesh),
         features=vision.features_of(batch),
     )

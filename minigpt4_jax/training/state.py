@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,13 +20,16 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
+    """-1 - step after a step whose loss or gradient was not finite: its update was not made, nor any after it."""
     projection: Projection
     opt_state: Any
 
 
-@flax.struct.dataclass
-class TrainBatch:
-    """One batch on the device. Rows are right-padded; the vision part was computed beforehand."""
+class TrainBatch(NamedTuple):
+    """One batch on the devices. Rows are right-padded; the vision part was computed beforehand.
+
+    A plain tuple for the reason that `TrainState` is one.
+    """
 
     token_ids: Int[Array, "B S"]
     attention_mask: Bool[Array, "B S"]

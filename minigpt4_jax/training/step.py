@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from minigpt4_jax.models.attention import make_causal_mask
 from minigpt4_jax.models.minigpt4 import MiniGPT4, apply_method, make_positions
+from minigpt4_jax.sharding import constrain_rows
 from minigpt4_jax.training.loss import cross_entropy
 from minigpt4_jax.training.state import Projection, TrainBatch, TrainState
 
@@ -32,6 +33,8 @@ class StepNumbers(NamedTuple):
     image_token_std: Float[Array, ""]
     """Standard deviation of all numbers in the batch's image tokens. Far from that of the token embeddings (about 0.1),
     a frozen language model does not read them: the first thing to look at when a loss goes up."""
+    tokens: Int[Array, ""]
+    """Real tokens of the batch, over all devices: pictures and text without padding."""
 
 
 def answer_logits(
@@ -51,7 +54,8 @@ def answer_logits(
         caches=None,
     )
     picked = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
-    return apply_method(model, params, "head", picked), image_embeds
+    logits = apply_method(model, params, "head", constrain_rows(picked, "x"))
+    return constrain_rows(logits, "logits"), image_embeds
 
 
 def loss_fn(
@@ -81,7 +85,20 @@ def make_train_step(
             loss=loss,
             grad_norm=optax.tree.norm(grads),
             image_token_std=jnp.std(image_embeds.astype(jnp.float32)),
+            tokens=jnp.sum(batch.attention_mask),
         )
-        return TrainState(step=state.step + 1, projection=projection, opt_state=opt_state), numbers
+        after = TrainState(step=state.step + 1, projection=projection, opt_state=opt_state)
+        return _unless_broken(state, after, numbers), numbers
 
     return train_step
+
+
+def _unless_broken(before: TrainState, after: TrainState, numbers: StepNumbers) -> TrainState:
+    """`after`; or `before`, its step negative, where the loss or the gradient is not finite, and ever after.
+
+    The sign keeps the steps that are on their way, when the loop reads this one's numbers, from moving what it left.
+    """
+    sound = (before.step >= 0) & jnp.isfinite(numbers.loss) & jnp.isfinite(numbers.grad_norm)
+    kept: TrainState = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+    stopped = jnp.minimum(before.step, -1 - before.step)
+    return kept._replace(step=jnp.where(sound, after.step, stopped))

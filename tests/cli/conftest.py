@@ -17,6 +17,8 @@ from convert.projection import ProjectionInfo, write_projection
 from minigpt4_jax import Chat, GenerationConfig, MiniGPT4, cli, loading
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.presets import PRESETS
+from minigpt4_jax.training.frozen import FrozenArrays
 from tests.tiny_model import make_frozen, make_loader
 
 
@@ -32,6 +34,8 @@ def tiny_weights(tiny_params: Any, cache: Path, monkeypatch: pytest.MonkeyPatch)
     tokenizer = byte_tokenizer()
     frozen = make_frozen(tiny_params, tokenizer)
     monkeypatch.setattr(loading, "load_frozen", lambda name, **_: (dict(frozen), tokenizer))
+    held = FrozenArrays(frozen, llama=PRESETS["tiny"].model.llama)
+    monkeypatch.setattr(loading, "open_frozen", lambda name, **_: (held, tokenizer))
     monkeypatch.setattr(loading, "load_decode_params", make_loader(frozen, tokenizer))
     monkeypatch.setenv("MINIGPT4_CACHE", str(cache))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -96,6 +100,7 @@ def train_config(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(
         f"model: tiny\nworkdir: {tmp_path / 'run'}\ndata:\n  folder: {folder}\n  batch_size: 2\n"
+        "mesh: {data: 1, fsdp: 1, tensor: 1}\n"
         "optimizer:\n  max_steps: 4\n  warmup_steps: 1\n"
     )
     return file

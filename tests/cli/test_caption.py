@@ -143,6 +143,7 @@ def test_other_settings_are_refused_before_anything_is_loaded(
     ("changed", "said"),
     [
         (["--out", "no/captions.jsonl"], "'no/captions.jsonl': No such file or directory"),
+        (["--out", "."], "--out is ., a folder; expected a file to write"),
         (["--prompt", " "], "The prompt is empty"),
         (["--min-p", "0.1"], "--min-p would change nothing: the temperature is 0"),
         (["--min-new-tokens", "13"], "min_new_tokens is 13; expected a whole number from 0 to 12"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from convert.projection import read_projection
 from minigpt4_jax import cli
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.config_file import load
 from minigpt4_jax.train_config import TrainConfig
-from minigpt4_jax.training.metrics import read_metrics
+from minigpt4_jax.training.captions import read_captions
+from minigpt4_jax.training.metrics import read_held_out, read_metrics
 from tests.cli.messages import assert_one_message
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
@@ -43,6 +46,35 @@ def test_train_makes_a_projection_that_chat_takes(
     assert err[-1].startswith("minigpt4: ")
     assert "other settings (licence" not in err[-1]
     assert "other settings (optimizer.init_lr)" in err[-1]
+
+
+def test_a_run_shows_what_the_model_says_of_held_out_pictures(
+    train_config: Path, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "held_out"
+    (folder / "image").mkdir(parents=True)
+    Image.open(picture).save(folder / "image" / "1.jpg")
+    annotation = {"image_id": 1, "caption": "a <picture>"}
+    (folder / "filter_cap.json").write_text(json.dumps([annotation]))
+    settings = [f"held_out.folder={folder}", "held_out.every=2", "held_out.max_new_tokens=5"]
+    assert cli.main(["train", "--config", str(train_config), *settings]) == 0
+    out = capsys.readouterr().out
+    workdir = tmp_path / "run"
+    rows = read_captions(workdir)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert {row["truth"] for row in rows} == {"a <picture>"}
+    for row in rows:
+        assert f"annotation 0 (picture 1): {row['answer']!r} (truth: 'a <picture>')" in out
+    assert out.count("held-out loss") == 3
+    assert [row["step"] for row in read_held_out(workdir)] == [0, 2, 4]
+    assert "a &lt;picture&gt;" in (workdir / "held_out.html").read_text()
+    assert list((workdir / "tensorboard").iterdir())
+    assert "Goodput" in out.splitlines()[-2]
+
+    quiet = [*settings, "held_out.captions=0", f"workdir={tmp_path / 'quiet'}"]
+    assert cli.main(["train", "--config", str(train_config), *quiet]) == 0
+    assert read_captions(tmp_path / "quiet") == []
+    assert len(read_held_out(tmp_path / "quiet")) == 3
 
 
 def test_print_config_prints_what_would_be_run(

@@ -15,7 +15,10 @@ from PIL import Image
 
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.train_config import TrainConfig
+from minigpt4_jax.training.captions import Caption
+from minigpt4_jax.training.frozen import FrozenArrays
 from minigpt4_jax.training.loop import train
 from minigpt4_jax.training.state import Projection
 
@@ -91,13 +94,22 @@ def make_config(data_folder: Path, feature_cache: Path) -> MakeConfig:
     return make
 
 
+ONE_DEVICE = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1")
+"""Of the eight that tests see."""
+
+
 def base_overrides(workdir: Path, data_folder: Path, feature_cache: Path) -> list[str]:
     return [
         "model=tiny", f"workdir={workdir}", f"data.folder={data_folder}", f"feature_cache={feature_cache}",
         "data.batch_size=4", "data.length_multiple=16", "data.prompts=['What is this?', 'Say it.']",
         "optimizer.max_steps=10", "optimizer.warmup_steps=2", "optimizer.init_lr=0.01",
-        "save_every=4", "log_every=5", "init_projection=random",
+        "save_every=4", "log_every=5", "init_projection=random", *ONE_DEVICE,
     ]  # fmt: skip
+
+
+def hold(params: dict[str, Any]) -> FrozenArrays:
+    """The frozen weights of a tiny model, as `train` takes them."""
+    return FrozenArrays(params, llama=PRESETS["tiny"].model.llama)
 
 
 class Runner:
@@ -113,13 +125,15 @@ class Runner:
         *overrides: str,
         start: Projection | None = None,
         frozen: dict[str, Any] | None = None,
+        caption: Caption | None = None,
     ) -> Projection:
         return train(
             self._make_config(workdir, *overrides),
-            params=frozen or self._frozen,
+            frozen=hold(frozen or self._frozen),
             tokenizer=byte_tokenizer(),
             start=start,
             save_projection=self.saved.__setitem__,
+            caption=caption,
         )
 
 

@@ -17,8 +17,10 @@ import numpy as np
 
 from minigpt4_jax.config_file import load
 from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.train_config import TrainConfig
-from minigpt4_jax.training import loop
+from minigpt4_jax.training import loop, steps
+from minigpt4_jax.training.frozen import FrozenArrays
 
 
 def unflatten(leaves: Any) -> dict[str, Any]:
@@ -33,17 +35,17 @@ def unflatten(leaves: Any) -> dict[str, Any]:
 
 
 def main(spec: dict[str, Any]) -> None:
-    real_write = loop.Metrics.write
+    real_write = steps.Metrics.write
 
     def write(self: Any, step: int, **numbers: Any) -> None:
         real_write(self, step, **numbers)
         if step == spec["kill_at"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loop.Metrics.write = write
+    steps.Metrics.write = write
     loop.train(
         load(TrainConfig, None, spec["overrides"]),
-        params=unflatten(np.load(spec["params"])),
+        frozen=FrozenArrays(unflatten(np.load(spec["params"])), llama=PRESETS["tiny"].model.llama),
         tokenizer=byte_tokenizer(),
         start=None,
         save_projection=lambda path, projection: np.savez(path.with_suffix(".npz"), **projection),

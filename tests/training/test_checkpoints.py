@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -149,11 +150,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def step_files(run: Path, step: int) -> list[Path]:
-    """Everything that is read when a step is restored."""
-    never_read = ("commit_success.txt", "_CHECKPOINT_METADATA", "checksums.json")
-    folder = run / "checkpoints" / str(step)
-    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in never_read)
+def restore(run: Path) -> Any:
+    with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
+        return checkpoints.restore_latest(X)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(entry.name for entry in (run / "checkpoints").iterdir())
 
 
 def flip(file: Path) -> None:
@@ -166,78 +169,98 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def restore(run: Path) -> Any:
-    with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
-        return checkpoints.restore_latest(X)
-
-
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_damage_in_any_file_is_refused_with_the_newest_good_step_and_how_to_go_on(
-    run: Path, damage: Callable[[Path], None]
+def test_a_damaged_step_is_set_aside_and_the_one_before_is_restored(
+    run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = step_files(run, 3)
-    assert {"state", "data_state", "meta"} <= {f.relative_to(run).parts[2] for f in files}
-    for file in files:
-        whole = file.read_bytes()
-        damage(file)
-        with pytest.raises(CheckpointError) as caught:
-            restore(run)
-        message = str(caught.value)
-        assert f"{run / 'checkpoints' / '3'} is damaged: " in message
-        assert file.relative_to(run / "checkpoints" / "3").as_posix() in message
-        assert (
-            f"good step is 2. To continue from it, remove {run / 'checkpoints' / '3'} and"
-            in message
-        )
-        file.write_bytes(whole)
-    assert restore(run).step == 3
+    folder = run / "checkpoints" / "3"
+    file = max((f for f in (folder / "state").rglob("*") if f.is_file()), key=os.path.getsize)
+    damage(file)
+    found = restore(run)
+    assert (found.step, found.data_state) == (2, {"next": 2})
+    np.testing.assert_array_equal(found.state["x"], np.arange(500.0) * 2)
+    said = capsys.readouterr().out
+    assert f"{folder} is damaged: {file.relative_to(folder).as_posix()} " in said
+    assert f"kept as {folder}.corrupt; the run goes on from step 2." in said
+    assert names(run) == ["1", "2", "3.corrupt"]
+    assert restore(run).step == 2
+    assert capsys.readouterr().out == ""
 
 
-def test_the_way_back_that_the_message_names_works(run: Path) -> None:
-    flip(step_files(run, 3)[0])
-    flip(step_files(run, 2)[0])
+def test_a_missing_item_sets_the_step_aside(run: Path) -> None:
+    for item in ("state", "data_state", "meta"):
+        newest = max(int(name) for name in names(run) if name.isdecimal())
+        shutil.rmtree(run / "checkpoints" / str(newest) / item)
+        if newest > 1:
+            assert restore(run).step == newest - 1
+    with pytest.raises(CheckpointError, match="Every training checkpoint"):
+        restore(run)
+
+
+def test_a_run_that_fell_back_saves_the_same_step_again(run: Path) -> None:
+    for _ in range(2):
+        flip(run / "checkpoints" / "3" / "meta" / "metadata")
+        with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
+            found = checkpoints.restore_latest(X)
+            assert found is not None
+            assert found.step == 2
+            checkpoints.save(3, {"x": jnp.zeros(500)}, data_state={}, meta={})
+    assert names(run) == ["1", "2", "3", "3.corrupt", "3.corrupt2"]
+
+
+def test_without_a_whole_step_the_run_is_refused_and_nothing_is_renamed(run: Path) -> None:
+    for step in "123":
+        flip(run / "checkpoints" / step / "meta" / "metadata")
     with pytest.raises(CheckpointError) as caught:
         restore(run)
-    removed = [run / "checkpoints" / step for step in ("2", "3")]
-    assert f"good step is 1. To continue from it, remove {removed[0]}, {removed[1]} and" in str(
-        caught.value
-    )
-    for folder in removed:
-        shutil.rmtree(folder)
-    found = restore(run)
-    assert (found.step, found.data_state) == (1, {"next": 1})
-    np.testing.assert_array_equal(found.state["x"], np.arange(500.0))
+    for step in "123":
+        assert f"{run / 'checkpoints' / step}: meta/metadata has sha256" in str(caught.value)
+    assert "from a copy, or start in a new workdir" in str(caught.value)
+    assert names(run) == ["1", "2", "3"]
 
 
-def test_without_a_good_step_the_run_is_to_start_anew(run: Path) -> None:
-    for step in (1, 2, 3):
-        flip(step_files(run, step)[0])
-    with pytest.raises(CheckpointError, match=r"no good older step\. Start in a new workdir"):
-        restore(run)
+def test_meta_comes_from_the_step_that_will_be_restored_and_renames_nothing(run: Path) -> None:
+    with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
+        checkpoints.save(4, {"x": jnp.zeros(500)}, data_state={}, meta={"seed": 43})
+    flip(run / "checkpoints" / "4" / "meta" / "metadata")
+    with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
+        assert checkpoints.latest_meta() == {"seed": 42}
+        assert names(run) == ["2", "3", "4"]
 
 
-def test_damaged_meta_is_not_returned_either(run: Path) -> None:
+def test_a_step_of_another_tree_is_refused_and_not_set_aside(run: Path) -> None:
     flip(run / "checkpoints" / "3" / "meta" / "metadata")
-    with (
-        TrainCheckpoints(run, max_to_keep=3) as checkpoints,
-        pytest.raises(CheckpointError, match="meta/metadata has crc32"),
-    ):
-        checkpoints.latest_meta()
+    with TrainCheckpoints(run, max_to_keep=3) as checkpoints:
+        with pytest.raises(
+            CheckpointError, match=r"^The training checkpoint .*/2 does not fit the"
+        ):
+            checkpoints.restore_latest({"y": X["x"]})
+        assert names(run) == ["1", "2", "3"]
 
 
 def test_a_step_of_a_newer_version_is_refused(run: Path) -> None:
     file = run / "checkpoints" / "3" / "checksums.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 9'))
+    file.write_text(file.read_text().replace('"format": 2', '"format": 9'))
     with pytest.raises(NewerFormat, match="format 9; this version"):
         restore(run)
+    assert names(run) == ["1", "2", "3"]
 
 
-def test_a_step_of_an_older_version_is_restored_and_the_log_says_unchecked(
+def test_a_run_of_an_older_version_is_restored_and_the_log_says_unchecked(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (run / "checkpoints" / "3" / "checksums.json").unlink()
+    for step in "123":
+        (run / "checkpoints" / step / "checksums.json").unlink()
     assert restore(run).step == 3
     assert [message for message in caplog.messages if "is read unchecked" in message]
+
+
+def test_what_orbax_finds_in_an_unchecked_step_sets_it_aside_too(run: Path) -> None:
+    for step in "123":
+        (run / "checkpoints" / step / "checksums.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "3" / "state")
+    assert restore(run).step == 2
+    assert names(run) == ["1", "2", "3.corrupt"]
 
 
 def test_checksums_are_there_as_soon_as_the_step_is(tmp_path: Path) -> None:
@@ -247,8 +270,8 @@ def test_checksums_are_there_as_soon_as_the_step_is(tmp_path: Path) -> None:
         import orbax.checkpoint as ocp
         from minigpt4_jax.training import checkpoints as module
         real = module.write_checksums
-        def write_and_die(folder):
-            real(folder)
+        def write_and_die(folder, **kind):
+            real(folder, **kind)
             os.kill(os.getpid(), signal.SIGKILL)  # the step does not have its name yet
         checkpoints = module.TrainCheckpoints({str(tmp_path)!r}, max_to_keep=2)
         checkpoints.save(1, {{"x": jnp.zeros(4)}}, data_state={{}}, meta={{}})
@@ -278,7 +301,7 @@ def test_a_disk_without_room_is_said_before_the_step_is_begun(
 def test_a_disk_that_fills_up_while_a_step_is_written_leaves_the_step_before(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, **kind: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     checkpoints = TrainCheckpoints(run, max_to_keep=3)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ import pytest
 
 from minigpt4_jax.config import LlamaConfig, ModelConfig, UserError
 from minigpt4_jax.data.tokenizer import byte_tokenizer
-from minigpt4_jax.training import loop
+from minigpt4_jax.training import checkpoints as checkpoints_module
+from minigpt4_jax.training import loop, program
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
-from minigpt4_jax.training.metrics import read_metrics
+from minigpt4_jax.training.metrics import Metrics, read_metrics
+from minigpt4_jax.training.vision import CachedVision
+from tests.training.conftest import hold
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -42,7 +48,7 @@ def whole(
     workdir = tmp_path_factory.mktemp("whole")
     projection = loop.train(
         make_config(workdir),
-        params=frozen,
+        frozen=hold(frozen),
         tokenizer=byte_tokenizer(),
         start=None,
         save_projection=lambda path, projection: None,
@@ -148,6 +154,23 @@ def test_what_changes_no_number_may_change_between_runs(
     assert_identical(projection, whole[1])
 
 
+def test_a_run_goes_on_on_another_mesh(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Begun on one device, then on four with the frozen weights in halves: the same sums in another order.
+    with monkeypatch.context() as patch:
+        interrupt(patch, "Metrics.write", step=3, with_signal=signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    projection = run(tmp_path, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1", "remat=full")
+    found, expected = losses(tmp_path), whole[0]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert found[:3] == expected[:3]
+    assert found[3:] != expected[3:]
+    np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-4)
+    np.testing.assert_allclose(projection["kernel"], whole[1]["kernel"], rtol=0, atol=1e-3)
+
+
 # --- refused ---
 
 
@@ -178,7 +201,7 @@ def refused_workdir(
     workdir = tmp_path_factory.mktemp("refused")
     loop.train(
         make_config(workdir, "optimizer.max_steps=3"),
-        params=frozen,
+        frozen=hold(frozen),
         tokenizer=byte_tokenizer(),
         start=None,
         save_projection=lambda path, projection: None,
@@ -209,7 +232,7 @@ def test_other_frozen_weights_under_the_same_settings_are_refused(
 ) -> None:
     other = jax.tree.map(np.array, frozen)
     other["llama"]["norm"]["scale"][0] += 1e-3
-    with pytest.raises(UserError, match=r"other settings \(frozen_weights\)"):
+    with pytest.raises(UserError, match=r"other settings \(frozen_weights\.llama\)"):
         run(refused_workdir, "optimizer.max_steps=3", frozen=other)
 
 
@@ -231,27 +254,80 @@ def test_a_run_without_its_folders_says_which(missing: str, tmp_path: Path, run:
         run(tmp_path, f"{missing}=''")
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_saved(
-    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_loss_that_is_no_number_stops_before_its_update_and_names_the_samples(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch, data_folder: Path
 ) -> None:
-    real = loop.make_train_step
+    batches: list[Any] = []
+    real = CachedVision.features_of
 
-    def make_broken(*args: Any) -> Any:
-        step = real(*args)
+    def features_of(self: Any, batch: Any) -> jax.Array:
+        batches.append(batch)
+        factor = np.nan if len(batches) == 8 else 1.0
+        return real(self, batch) * factor
 
-        def train_step(state: Any, frozen: Any, batch: Any) -> Any:
-            after, numbers = step(state, frozen, batch)
-            loss = jax.numpy.where(after.step < 8, numbers.loss, jax.numpy.nan)
-            return after, numbers._replace(loss=loss)
-
-        return train_step
-
-    monkeypatch.setattr(loop, "make_train_step", make_broken)
-    with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr"):
+    monkeypatch.setattr(CachedVision, "features_of", features_of)
+    with pytest.raises(UserError, match=r"step 8 is nan.*Lower optimizer.init_lr") as caught:
         run(tmp_path)
+    assert len(batches) in (8, 9)  # read before a save, or when the next step was dispatched
+    bad = batches[7]
+    pictures = [
+        json.loads((data_folder / "filter_cap.json").read_text())["annotations"][i]["image_id"]
+        for i in bad["image_index"]
+    ]
+    record = json.loads((tmp_path / "nonfinite_step_8_process_0.json").read_text())
+    assert (record["step"], record["loss"]) == (8, "nan")
+    assert {sample["source"] for sample in record["samples"]} == {"folder"}
+    assert [sample["index"] for sample in record["samples"]] == bad["sample_index"].tolist()
+    for picture, sample in zip(pictures, record["samples"], strict=True):
+        assert picture in sample["name"]
+        assert picture in str(caught.value)
     assert latest_step(tmp_path) == 4
-    assert [step for step, _ in losses(tmp_path)] == list(range(1, 8))
+    assert losses(tmp_path) == whole[0][:7]
     assert run.saved == {}
+    monkeypatch.undo()
+    projection = run(
+        tmp_path
+    )  # what was saved is sound: with the picture mended the run ends as it should
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(
+    tmp_path: Path, run: Any, whole: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path)
+    damaged = tmp_path / "checkpoints" / "10"
+    (damaged / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        run(tmp_path, "seed=7")  # another run: refused, and nothing is renamed
+    assert damaged.is_dir()
+    projection = run(tmp_path)
+    # 4, or 8 or the first step after it at which the save of 4 was on disk
+    said = re.search(r"kept as (\S+); the run goes on from step (\d+)\.", capsys.readouterr().out)
+    assert said is not None
+    assert said[1] == f"{damaged}.corrupt"
+    assert said[2] in ("4", "8", "9")
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
+
+
+def test_a_disk_that_refuses_for_a_while_costs_the_run_no_step(
+    tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = checkpoints_module.write_checksums, 0
+
+    def refuse_once(folder: Path, **kind: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, **kind)
+
+    monkeypatch.setattr(checkpoints_module, "write_checksums", refuse_once)
+    projection = run(tmp_path)
+    assert latest_step(tmp_path) == 10
+    assert losses(tmp_path) == whole[0]
+    assert_identical(projection, whole[1])
 
 
 # --- signals ---
@@ -281,16 +357,10 @@ def interrupt(
 
         monkeypatch.setattr(Pipeline, "__next__", wrap(Pipeline.__next__, after=True))
     elif where == "train_step":
-        real = jax.jit
-
-        def jit(function: Any, **settings: Any) -> Any:
-            compiled = real(function, **settings)
-            is_step = getattr(function, "__name__", "") == "train_step"
-            return wrap(compiled, after=True) if is_step else compiled
-
-        monkeypatch.setattr(loop.jax, "jit", jit)
+        programs = program.TrainPrograms
+        monkeypatch.setattr(programs, "__call__", wrap(programs.__call__, after=True))
     elif where == "Metrics.write":
-        monkeypatch.setattr(loop.Metrics, "write", wrap(loop.Metrics.write, after=False))
+        monkeypatch.setattr(Metrics, "write", wrap(Metrics.write, after=False))
     else:
         assert where == "checkpoints.save"
         save = wrap(TrainCheckpoints.save, after=False)
@@ -300,20 +370,23 @@ def interrupt(
 def test_signals_save_the_running_step_and_the_run_goes_on_from_it(
     tmp_path: Path, run: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run, stopped at four places by either signal, each time in its second step; then finished."""
+    """One run, stopped at four places by either signal, each time in its second step; then finished.
+
+    The numbers of the second step are written when the third was dispatched: that one is saved then.
+    """
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     stops = [
-        ("next(batches)", signal.SIGINT),
-        ("train_step", signal.SIGTERM),
-        ("Metrics.write", signal.SIGINT),
+        ("next(batches)", signal.SIGINT, 2),
+        ("train_step", signal.SIGTERM, 4),
+        ("Metrics.write", signal.SIGINT, 7),
     ]
-    for count, (where, number) in enumerate(stops, 1):
+    for where, number, saved in stops:
         with monkeypatch.context() as patch:
             interrupt(patch, where, step=2, with_signal=number)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path, "save_every=100")
-        assert latest_step(tmp_path) == 2 * count, where
-        assert losses(tmp_path) == whole[0][: 2 * count], where
+        assert latest_step(tmp_path) == saved, where
+        assert losses(tmp_path) == whole[0][:saved], where
         assert run.saved == {}
     with monkeypatch.context() as patch:
         interrupt(patch, "checkpoints.save", step=1, with_signal=signal.SIGTERM)
@@ -330,10 +403,10 @@ def test_signals_save_the_running_step_and_the_run_goes_on_from_it(
 def test_a_run_stopped_between_two_gathered_batches_goes_on_with_what_it_had(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("optimizer.accum_grad_iters=2", "save_every=100", "tensorboard=true")
-    projection = run(tmp_path / "whole", *settings)
+    settings = ("optimizer.accum_grad_iters=2", "save_every=100", "tensorboard=false")
+    projection = run(tmp_path / "whole", *settings[:2])
     with monkeypatch.context() as patch:
-        interrupt(patch, "Metrics.write", step=3, with_signal=signal.SIGINT)
+        interrupt(patch, "Metrics.write", step=2, with_signal=signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", *settings)
     assert latest_step(tmp_path / "stopped") == 3
@@ -354,9 +427,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        real = loop.Metrics.write
+        real = Metrics.write
         patch.setattr(
-            loop.Metrics,
+            Metrics,
             "write",
             lambda self, step, **numbers: (impatient if step == 6 else real)(self, step, **numbers),
         )

@@ -18,6 +18,7 @@ from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Batch, forward, make_model
 from minigpt4_jax.train_config import OptimizerConfig
+from minigpt4_jax.training import step as step_module
 from minigpt4_jax.training.optimizer import make_optimizer
 from minigpt4_jax.training.state import TrainBatch, init_state
 from minigpt4_jax.training.step import loss_fn, make_train_step
@@ -202,6 +203,43 @@ def test_a_train_step_changes_the_projection_and_nothing_else(
     groups = np.asarray(features).reshape(len(features), -1, projection["kernel"].shape[0])
     image_tokens = groups @ np.asarray(projection["kernel"]) + np.asarray(projection["bias"])
     np.testing.assert_allclose(float(numbers.image_token_std), image_tokens.std(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_no_number_moves_nothing_nor_does_any_after_it(
+    bad: float, tiny_params: Any, tokens: Any, features: Any, model: Any, frozen: Any
+) -> None:
+    tx = make_optimizer(OptimizerConfig(init_lr=0.1, warmup_steps=0, max_steps=5))
+    step = jax.jit(make_train_step(model, tx))
+    state = init_state(jax.tree.map(jnp.copy, tiny_params["llama_proj"]), tx)
+    before, _ = step(state, frozen, to_batch(tokens, features))
+    broken, numbers = step(before, frozen, to_batch(tokens, features.at[1].set(bad)))
+    assert not np.isfinite([float(numbers.loss), float(numbers.grad_norm)]).all()
+    # A good batch that was on its way already: its own numbers are good, and still nothing moves.
+    later, numbers = step(broken, frozen, to_batch(tokens, features))
+    assert np.isfinite(float(numbers.loss))
+    for state in (broken, later):
+        assert int(state.step) == -2
+        same = state._replace(step=before.step)
+        for one, other in zip(jax.tree.leaves(same), jax.tree.leaves(before), strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_a_gradient_that_is_no_number_moves_nothing_though_the_loss_is_one(
+    tiny_params: Any, tokens: Any, features: Any, model: Any, frozen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def rooted(projection: Any, *args: Any, **settings: Any) -> Any:
+        return jnp.sqrt(projection["bias"] * 0).sum(), jnp.ones((1, 1, 1))
+
+    monkeypatch.setattr(step_module, "loss_fn", rooted)
+    tx = make_optimizer(OptimizerConfig(init_lr=0.1, warmup_steps=0, max_steps=5))
+    before = init_state(jax.tree.map(jnp.copy, tiny_params["llama_proj"]), tx)
+    after, numbers = jax.jit(make_train_step(model, tx))(before, frozen, to_batch(tokens, features))
+    assert float(numbers.loss) == 0
+    assert np.isnan(float(numbers.grad_norm))
+    assert int(after.step) == -1
+    for name, leaf in before.projection.items():
+        np.testing.assert_array_equal(after.projection[name], leaf)
 
 
 def test_batches_gathered_to_one_update_move_the_projection_as_one_batch_of_all_samples(

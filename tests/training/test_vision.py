@@ -17,8 +17,10 @@ from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.train_config import TrainConfig
 from minigpt4_jax.training import loop
+from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.metrics import read_metrics
 from tests.planted import HTML, Planted, plant
+from tests.training.conftest import ONE_DEVICE, hold
 
 STEPS, BATCH = 6, 8
 """48 samples of a corpus of 25: nearly two passes."""
@@ -42,11 +44,11 @@ def train(planted: Planted, frozen: dict[str, Any]) -> Train:
             f"data.sources.web.path={planted.folder}", "data.sources.web.kind=tar",
             "data.sources.web.caption_processor=blip_caption", "data.max_corrupt_share=0.5",
             f"data.batch_size={BATCH}", "data.length_multiple=32", "optimizer.init_lr=0.01",
-            f"optimizer.max_steps={STEPS}", "optimizer.warmup_steps=2", "save_every=1", "max_to_keep=100",
+            f"optimizer.max_steps={STEPS}", "optimizer.warmup_steps=2", "save_every=1", "max_to_keep=100", *ONE_DEVICE,
         ]  # fmt: skip
         loop.train(
             load(TrainConfig, None, [*settings, *overrides]),
-            params=params,
+            frozen=hold(params),
             tokenizer=byte_tokenizer(),
             start=None,
             save_projection=lambda path, projection: np.savez(
@@ -69,8 +71,11 @@ def data_state(workdir: Path, step: int) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run, with crops."""
-    return train(tmp_path_factory.mktemp("whole"), "data.random_resized_crop=true")
+    """The uninterrupted run, with crops; each save is waited for, so that every step has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        wait = TrainCheckpoints.wait_until_finished
+        patch.setattr(TrainCheckpoints, "busy", property(lambda self: bool(wait(self))))
+        return train(tmp_path_factory.mktemp("whole"), "data.random_resized_crop=true")
 
 
 def test_faults_of_a_run_are_counted_as_planted(whole: Path, planted: Planted) -> None:

@@ -12,6 +12,7 @@ from minigpt4_jax.config import IMAGE_TOKEN_ID, ModelConfig, UserError
 from minigpt4_jax.data.datasets import open_sources
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from minigpt4_jax.presets import get_preset
+from minigpt4_jax.sharding import make_mesh
 from minigpt4_jax.training import loop
 from minigpt4_jax.training.features import Encoded
 from minigpt4_jax.training.vision import CachedVision
@@ -20,7 +21,9 @@ from minigpt4_jax.training.vision import CachedVision
 @pytest.fixture
 def batches_of(make_config: Any, tmp_path: Path) -> Any:
     """`batches_of("key=value", ...)`: the first batch of the set in the words of these settings."""
-    vision = CachedVision(Encoded(np.zeros((0, 1, 1), np.float16), {}))  # words alone
+    vision = CachedVision(
+        Encoded(np.zeros((0, 1, 1), np.float16), {}), mesh=make_mesh(data=8)
+    )  # words alone
 
     def call(*overrides: str, tokenizer: Tokenizer | None = None) -> Any:
         config = make_config(tmp_path, *overrides)

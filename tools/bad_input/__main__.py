@@ -26,6 +26,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+from captions import CAPTIONS
 from case import Case
 from pictures import PICTURES
 from settings import SETTINGS
@@ -34,7 +35,7 @@ from weights import PLACES, WEIGHTS
 from minigpt4_jax.data.images import load_image, preprocess
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bad_input.md"
-CASES: tuple[Case, ...] = (*PICTURES, *SETTINGS, *WEIGHTS, *PLACES)
+CASES: tuple[Case, ...] = (*PICTURES, *CAPTIONS, *SETTINGS, *WEIGHTS, *PLACES)
 LIMIT_S = 300
 
 

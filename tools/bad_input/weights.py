@@ -26,11 +26,14 @@ def tiny_model() -> None:
     from minigpt4_jax.data.tokenizer import byte_tokenizer
     from minigpt4_jax.models.minigpt4 import abstract_params
     from minigpt4_jax.presets import get_preset
+    from minigpt4_jax.training.frozen import FrozenArrays
 
     abstract = abstract_params(get_preset("tiny").model)
     frozen = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     frozen.pop("llama_proj")
     loading.load_frozen = lambda name, **_: (dict(frozen), byte_tokenizer())
+    held = FrozenArrays(frozen, llama=get_preset("tiny").model.llama)
+    loading.open_frozen = lambda name, **_: (held, byte_tokenizer())
 
 
 def projection(width: int, *, flipped: bool = False) -> Callable[[], None]:
@@ -113,7 +116,8 @@ def training(damage: Callable[[Path], None] | None = None) -> Callable[[], None]
             for step in (1, 2):
                 state = {"x": np.arange(5000, dtype=np.float32)}
                 checkpoints.save(step, state, data_state={"next_index": step}, meta={"run": {}})
-        damage(Path("run/checkpoints/2"))
+        for step in (1, 2):
+            damage(Path(f"run/checkpoints/{step}"))
 
     return make
 
@@ -132,7 +136,7 @@ def cut_array(step: Path) -> None:
 
 def newer(step: Path) -> None:
     file = step / "checksums.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
 
 
 def disk(options: str, folder: str = "disk") -> Callable[[], None]:
@@ -276,23 +280,23 @@ WEIGHTS = (
         write("p.pth", b"cos\nsystem\n(S'touch owned'\ntR."),
     ),
     weights(
-        "a training step with a flipped bit",
+        "a flipped bit in every training step",
         TRAIN,
-        "2 is damaged: .*newest good step is 1. To continue",
+        "Every training checkpoint in .* is damaged:.*has sha256.*has sha256.*from a copy",
         training(flip_array),
         patch=tiny_model,
     ),
     weights(
-        "a training step that was cut",
+        "training steps that were all cut",
         TRAIN,
-        "2 is damaged: .*has bytes.*newest good step is 1",
+        "Every training checkpoint in .* is damaged:.*has bytes.*has bytes.*from a copy",
         training(cut_array),
         patch=tiny_model,
     ),
     weights(
         "a training step of a newer version",
         TRAIN,
-        "format 2; this version .*Update it",
+        "format 3; this version .*Update it",
         training(newer),
         patch=tiny_model,
     ),

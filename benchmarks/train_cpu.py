@@ -1,38 +1,32 @@
-"""The train step of the smol model beside PyTorch, in float32 on two threads of one CPU.
-
-    pip install -e ".[parity]"
-    python benchmarks/smol.py [--rows train_36 ...] [--rounds 9] [--out benchmarks/results/smol.json]
+"""The train step of the smol model beside PyTorch, in float32 on two threads of one CPU: the rows of `train.py`.
 
 Both sides have the same weights and the same inputs, run in one process and take turns, round after round; before a row
 is timed, its numbers must agree. A round calls each side once untimed (the other side emptied the caches) and then for
 about a second; its value is the median of those calls. Reported are the medians over the rounds and
 ratio = torch time / our time: above 1 we are faster.
 
-Ours is the step of `train.py`; theirs (`smol_torch.py`) is `transformers` as it comes, without `torch.compile`. Not
-for: images, prompts and answers (`inference.py`).
+Ours is the step of `train.py`; theirs (`smol_torch.py`) is `transformers` as it comes, without `torch.compile`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import measuring
 import numpy as np
-from measuring import THREADS, TOLERANCE, Row, require_agreement, whole_call
+from measuring import TOLERANCE, Row, require_agreement, whole_call
 
 from convert.projection import read_projection
 from minigpt4_jax.loading import load_frozen, shipped_projection
 from minigpt4_jax.models.layout import DISK, TRAIN, convert_layout
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
-from minigpt4_jax.train_config import OptimizerConfig
+from minigpt4_jax.sharding import make_mesh, replicated
+from minigpt4_jax.train_config import OptimizerConfig, TrainConfig
 from minigpt4_jax.training.optimizer import make_optimizer
-from minigpt4_jax.training.state import TrainBatch, init_state
-from minigpt4_jax.training.step import make_train_step
+from minigpt4_jax.training.program import lower_train_step, start_state
+from minigpt4_jax.training.state import TrainBatch
 
 PRESET = get_preset("smol")
 
@@ -72,13 +66,15 @@ def train_row(params: Params, length: int, num_targets: int) -> Row:
         "target_mask": np.ones(places.shape, bool),
         "features": np.tile(np.asarray(encode(vision, images)), (2, 1, 1)),
     }
-    tx = make_optimizer(optimizer)
-    model = make_model(config, layout=TRAIN, dtype=jnp.float32)
-    train_step = jax.jit(make_train_step(model, tx), donate_argnums=0)
-    llama = convert_layout(params["llama"], DISK, TRAIN, llama=config.llama)
-    frozen = {"llama": jax.tree.map(jnp.asarray, llama)}
-    on_device = TrainBatch(**{name: jnp.asarray(array) for name, array in batch.items()})
-    state = init_state(jax.tree.map(jnp.array, params["llama_proj"]), tx)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    train_step = lower_train_step(
+        config, optimizer, mesh=mesh, batch_size=len(ids), length=length, targets=num_targets,
+        remat=TrainConfig().remat, dtype=jnp.float32,
+    ).compile()  # fmt: skip
+    llama = convert_layout({"llama": params["llama"]}, DISK, TRAIN, llama=config.llama)
+    frozen = jax.device_put(llama, replicated(mesh))
+    on_device = jax.device_put(TrainBatch(**batch), replicated(mesh))
+    state = start_state(params["llama_proj"], make_optimizer(optimizer), mesh=mesh)
 
     def our_step() -> float:
         nonlocal state
@@ -103,27 +99,3 @@ ROWS: dict[str, Callable[[Params], Row]] = {
     "train_36": lambda params: train_row(params, 36, 8),
     "train_96": lambda params: train_row(params, 96, 64),
 }
-
-
-def main() -> None:
-    """Runs the benchmark; prints every row and writes the JSON as soon as it is measured."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    measuring.use_two_threads()
-    jax.config.update("jax_platforms", "cpu")
-    smol_torch = measuring.import_torch_side("smol_torch")
-    smol_torch.use_threads(THREADS)
-    hardware = {**measuring.hardware(), "threads": THREADS, **smol_torch.VERSIONS}
-    results = measuring.Results(args.out, {"hardware": hardware, "rounds": args.rounds})
-    params = load_params()
-    for name in filter(results.missing, args.rows):
-        row = measuring.measure(ROWS[name](params), args.rounds)
-        print(measuring.one_line(name, row), flush=True)
-        results.add(name, row, order=list(ROWS))
-
-
-if __name__ == "__main__":
-    main()

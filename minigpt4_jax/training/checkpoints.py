@@ -40,6 +40,10 @@ from minigpt4_jax.training.quarantine import Damage, newest_whole_step, set_asid
 
 _log = logging.getLogger(__name__)
 _NO_STEP, _REFUSED = -1, -2
+SAVE_S = 120
+"""That a save may take in the background. When it fails in one of several processes, the others wait for that one until
+then, and nothing else can be saved: so it is shorter than the grace after SIGTERM (180 s in deploy/). Orbax's own is 20
+minutes; a checkpoint is a few tens of MB."""
 LAST_SAVE_S = 10.0
 """That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
 _T = TypeVar("_T")
@@ -88,6 +92,8 @@ class TrainCheckpoints:
                 create=True,
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
+                    timeout_secs=SAVE_S,
+                    barrier_sync_fn=_meet_after_failures(),
                     # Called when all files are written and the step does not yet have its name.
                     post_finalization_callback=self._write_checksums,
                     # In the background, a folder that a full disk refuses is waited for, for five minutes.
@@ -306,6 +312,20 @@ class TrainCheckpoints:
         self.wait_until_finished()
         with writable(self._folder):
             self._manager.close()
+
+
+def _meet_after_failures() -> Callable[..., None]:
+    """Orbax's barrier, with more time where its processes meet behind a save.
+
+    A process whose save failed is there at once, the others when their own time is over; with the same time for both,
+    they miss each other by milliseconds, and the error of that hides the first one.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def wait_longer(*, key: str, timeout_ms: int) -> None:
+        wait(key=key, timeout_ms=2 * timeout_ms if "set_value" in key else timeout_ms)
+
+    return wait_longer
 
 
 class _Unreadable(CheckpointError):

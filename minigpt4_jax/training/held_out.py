@@ -39,6 +39,7 @@ from minigpt4_jax.training.metrics import Metrics
 from minigpt4_jax.training.placement import batch_share
 from minigpt4_jax.training.state import Projection, TrainBatch
 from minigpt4_jax.training.step import Frozen, answer_logits
+from minigpt4_jax.training.together import first_process_first
 from minigpt4_jax.training.vision import CachedVision, Vision, make_reader, make_vision
 
 LossSum = tuple[Float[Array, ""], Int[Array, ""]]
@@ -83,15 +84,18 @@ def open_held_out(
             )
     # A crop would make two looks differ by chance.
     data = dataclasses.replace(data, folder="", sources=sources, random_resized_crop=False)
+    with first_process_first("held-out data"):
+        parts = open_sources(data)
     picked = pick_samples(
-        open_sources(data),
+        parts,
         encoder(),
         prompts=run_prompts(data) or (None,),
         max_samples=held_out.max_samples,
     )
     seen = dataclasses.replace(config, data=data)
     if isinstance(vision, CachedVision):
-        vision = make_vision(seen, preset, [picked.part], frozen, mesh=mesh, dtype=dtype)
+        with first_process_first("held-out features"):
+            vision = make_vision(seen, preset, [picked.part], frozen, mesh=mesh, dtype=dtype)
     pictures = None if isinstance(vision, CachedVision) else make_reader(seen, preset)
     captions = None
     if caption is not None and held_out.captions:

@@ -103,7 +103,8 @@ def train(
         mesh, reason = choose_mesh(config, preset.model, dtype=dtype)
         if is_first_process():
             print(reason, flush=True)
-        parts = _open_sources(config)
+        with first_process_first("data"):
+            parts = _open_sources(config)
         with first_process_first("features"):
             vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
         with (

@@ -69,6 +69,11 @@ class Saver:
             return now >= self._retry_s
         return self._due and not self._checkpoints.busy
 
+    def begin(self, step: int) -> None:
+        """Before the first step, which is the one after `step`: else several processes could not save it."""
+        if self._agreement is not None:
+            self.due(step)
+
     def due(self, step: int) -> bool:
         """`wants_save` of process 0, on all processes; to be asked after every step.
 
@@ -91,11 +96,13 @@ class Saver:
     ) -> None:
         """Starts a save, and returns when the state is copied: it may be donated. A failure is said and counted.
 
+        When the save before turns out to have failed only now, the next try comes after its pause.
+
         Raises:
             UserError: too many saves in a row have failed, or the state is not that of `step`.
         """
-        self._finish()
-        self._start(step, state, data_state=data_state, meta=meta)
+        if self._finish():
+            self._start(step, state, data_state=data_state, meta=meta)
 
     def save_last(
         self, step: int, state: TrainState, *, data_state: dict[str, Any], meta: dict[str, Any]
@@ -136,12 +143,15 @@ class Saver:
         ):
             self._started = step
 
-    def _finish(self, *, last: bool = False) -> None:
-        """Waits for the save on its way, if there is one."""
-        if self._started is not None:
-            step, self._started = self._started, None
-            if self._survives(step, self._checkpoints.wait_until_finished, last=last):
-                self._failed = 0
+    def _finish(self, *, last: bool = False) -> bool:
+        """Waits for the save on its way, if there is one. Returns whether there is none that failed."""
+        if self._started is None:
+            return True
+        step, self._started = self._started, None
+        if not self._survives(step, self._checkpoints.wait_until_finished, last=last):
+            return False
+        self._failed = 0
+        return True
 
     def _survives(self, step: int, action: Callable[[], None], *, last: bool) -> bool:
         """Runs a part of a save. A failure on any process is one on all: what is left is removed, and counted.

@@ -10,8 +10,8 @@ do: read the frozen weights and their share of the samples, and say what goes wr
 
 A process that fails says why, tells the others through JAX's coordination service, and leaves at once: at Python's end
 JAX waits for all processes of a run, and they would wait for this one in the middle of a step. Of one that is killed
-the others learn by an error of the collectives (gloo, NCCL), or when its heartbeat is missing for
-`distributed.heartbeat_s`: a TPU, and a CPU with several devices, waits until then. Then, and when process 0 is gone,
+the others learn by an error of gloo, or when its heartbeat is missing for `distributed.heartbeat_s`: a TPU, and a CPU
+with several devices, waits until then; NCCL was not tried. Then, and when process 0 is gone,
 which holds the service, JAX ends them itself (SIGABRT) and says that another task died.
 """
 
@@ -113,7 +113,7 @@ def run_beside_others(command: Callable[[], int], *, config: DistributedConfig) 
         start_processes(config)
     except UserError as error:
         print(f"minigpt4: {error}", file=sys.stderr)
-        _end(PROBLEM)
+        _end(PEER_LOST if isinstance(error, PeerLost) else PROBLEM)
     if not jax.distributed.is_initialized():
         return command()
     others, together = _Others(), False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,26 @@ def make_reader(llama: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
         layer["self_attn"] = {name: {"kernel": kernel} for name, kernel in attention.items()}
         layer["mlp"]["down_proj"]["kernel"][:] = 0
     return llama
+
+
+def test_what_reading_the_sets_writes_is_written_by_process_0_first(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def first(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.remove(name)
+
+    def open_sources(*args: Any, **settings: Any) -> None:
+        raise UserError(f"opened inside {inside}")
+
+    monkeypatch.setattr(loop, "first_process_first", first)
+    monkeypatch.setattr(loop, "open_sources", open_sources)
+    with pytest.raises(UserError, match=r"opened inside \['data'\]"):
+        run(tmp_path)
 
 
 def test_the_same_settings_give_the_same_run(tmp_path: Path, run: Any, whole: Any) -> None:

@@ -21,9 +21,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from minigpt4_jax.checkpoint import (
     CheckpointError,
@@ -37,6 +35,7 @@ from minigpt4_jax.checksums import add_late_checksums, write_checksums
 from minigpt4_jax.config import UserError
 from minigpt4_jax.exits import Stopped
 from minigpt4_jax.training.quarantine import Damage, newest_whole_step, set_aside
+from minigpt4_jax.training.together import from_first
 
 _log = logging.getLogger(__name__)
 _NO_STEP, _REFUSED = -1, -2
@@ -47,13 +46,6 @@ minutes; a checkpoint is a few tens of MB."""
 LAST_SAVE_S = 10.0
 """That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
 _T = TypeVar("_T")
-
-
-def from_process_0(value: int) -> int:
-    """The `value` that process 0 gave. All processes of a run must call it; in a run of one nothing is sent."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Restored(NamedTuple):
@@ -167,7 +159,7 @@ class TrainCheckpoints:
                 require_room(self._folder, state)
             except CheckpointError as error:
                 problem = error
-        if from_process_0(problem is not None):
+        if from_first(problem is not None):
             raise problem or CheckpointError(
                 f"Process 0 found no room for a checkpoint in {self._folder}; its message says more."
             )
@@ -200,7 +192,7 @@ class TrainCheckpoints:
         if restored is not None:
             if jax.process_index() == 0:
                 set_aside(self._folder, self._damage, good=restored.step)
-            from_process_0(0)  # nobody looks before process 0 has renamed
+            from_first(0)  # nobody looks before process 0 has renamed
             self._manager.reload()
         return restored
 
@@ -231,7 +223,7 @@ class TrainCheckpoints:
                 found = _NO_STEP if step is None else step
             except UserError as error:
                 found, refused = _REFUSED, error
-        found = from_process_0(found)
+        found = from_first(found)
         if found == _REFUSED:
             raise refused or CheckpointError(
                 f"Process 0 refuses the checkpoints in {self._folder}; its message says why."

@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.config import UserError
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.distributed import is_first_process
 from minigpt4_jax.training.state import TrainState
-from minigpt4_jax.training.together import Agreement
+from minigpt4_jax.training.together import Agreement, any_process
 
 RETRY_S = 60.0
 """After the first failed save; twice as long after each further one."""
@@ -163,7 +161,7 @@ class Saver:
             action()
         except (CheckpointError, OSError) as error:
             problem = error
-        if not _on_any_process(problem is not None):
+        if not any_process(problem is not None):
             return True
         problem = problem or CheckpointError("Another process failed; its message says why.")
         self._checkpoints.discard_unfinished()
@@ -188,9 +186,3 @@ class Saver:
         _log.warning("%s", told)
         print(told, flush=True)
         return False
-
-
-def _on_any_process(value: bool) -> bool:
-    if jax.process_count() == 1:
-        return value
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))

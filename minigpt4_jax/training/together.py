@@ -1,8 +1,9 @@
 """What the processes of a run do together: begin, agree, let one go first, and end when one of them is lost.
 
-For: `run_beside_others` around a whole run; `first_process_first` around what writes a shared folder; `Agreement` and
-`of_all_processes` for what they must know of each other. Not for: how they find each other (`distributed.py`), meshes
-(`sharding.py`), which samples a process reads (`data/pipeline.py`), signals (`stopping.py`).
+For: `run_beside_others` around a whole run; `first_process_first` around what writes a shared folder; `Agreement`,
+`from_first`, `any_process` and `of_all_processes` for what they must know of each other. Not for: how they find each
+other (`distributed.py`), meshes (`sharding.py`), which samples a process reads (`data/pipeline.py`), signals
+(`stopping.py`).
 
 What only process 0 does: the progress and the metrics (`metrics.py`), the checksums of a checkpoint
 (`checkpoints.py`; its arrays are written by all), the finished projection (`loop.py`), and "Done" (`cli.py`). What all
@@ -91,8 +92,22 @@ class Agreement:
         return 0 if before is None else int(before)
 
 
+def from_first(value: int) -> int:
+    """The `value` (of 32 bits) that process 0 gave. All must call it; in a run of one process nothing is sent."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def any_process(value: bool) -> bool:
+    """Whether any process gave True. All must call it; in a run of one process nothing is sent."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def of_all_processes(value: Any) -> list[Any]:
-    """A JSON-like value of every process, in their order. All processes of a run must call it."""
+    """A JSON-like value of every process, in their order. All must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

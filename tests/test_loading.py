@@ -67,7 +67,7 @@ def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def must_not_read(*_: Any) -> Any:
+def must_not_read(*_: Any, **__: Any) -> Any:
     raise AssertionError("read")
 
 

@@ -204,6 +204,7 @@ def test_a_run_goes_on_on_another_mesh(
         ("data.prompts=['Other?']", "data.prompts"),
         ("seed=7", "seed"),
         ("init_projection=ridge", "init_projection"),
+        ("dtype=bfloat16", "dtype"),  # `auto` is float32 here
     ],
 )
 def test_a_workdir_of_another_run_is_refused_with_the_changed_setting(

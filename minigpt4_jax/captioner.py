@@ -63,10 +63,10 @@ class Captioner:
             prompts: what each is asked; None shows the bare picture, as the original's first stage does.
         """
         engine, tokenizer = self._load(projection, prompts)
-        try:
-            return self._answer(engine, tokenizer, pictures, prompts)
-        finally:
-            engine.drop_params()
+        answers = self._answer(engine, tokenizer, pictures, prompts)
+        engine.drop_params()
+        self._engine = engine
+        return answers
 
     def _answer(
         self,
@@ -112,14 +112,15 @@ class Captioner:
             params, tokenizer = loading.load_decode_params(
                 config.model, dtype=dtype, layout=DECODE, projection=path
             )
-        if self._engine is not None:
-            self._engine.take_params(params)
-            return self._engine, tokenizer
+        engine, self._engine = self._engine, None  # one that fails is not used again
+        if engine is not None:
+            engine.take_params(params)
+            return engine, tokenizer
         # No larger than it must be: each place costs 0.5 MB in every slot of a 7B model.
         longest = max(len(self._prompt_ids(prompt, tokenizer)) for prompt in prompts)
         context = min(longest + config.held_out.max_new_tokens, model.llama.max_positions)
-        self._engine = Engine(params, model, dtype=dtype, context=context, num_slots=SIDE_BY_SIDE)
-        return self._engine, tokenizer
+        engine = Engine(params, model, dtype=dtype, context=context, num_slots=SIDE_BY_SIDE)
+        return engine, tokenizer
 
     def _prompt_ids(self, prompt: str | None, tokenizer: Tokenizer) -> tuple[int, ...]:
         pieces = training_pieces(self._template, prompt)

@@ -124,7 +124,7 @@ class Engine(Loop):
     # --- other weights ---
 
     def drop_params(self) -> None:
-        """Weights and cache leave the device until `take_params`; what was compiled stays. Every request is answered."""
+        """Weights and cache leave the device until `take_params`; what was compiled stays. All must be answered."""
         self._pending.clear()
         self._residents = [Resident() for _ in range(self.num_slots)]
         del self._runner.params, self._state

@@ -78,10 +78,13 @@ def _checksums(folder: Path, names: Collection[str], *, kind: Kind) -> dict[str,
         return dict(zip(names, sums, strict=True))
 
 
-def damaged_files(folder: Path) -> list[str] | None:
+def damaged_files(folder: Path, *, contents: bool = True) -> list[str] | None:
     """Every difference between the files below `folder` and its `checksums.json`, one line each.
 
     Returns None where there is no `checksums.json`: nothing is known then.
+
+    Args:
+        contents: read every file; False compares names and sizes alone.
 
     Raises:
         NewerFormat: a later version of this project wrote the folder.
@@ -107,9 +110,21 @@ def damaged_files(folder: Path) -> list[str] | None:
     problems = [f"{name} is missing" for name in sorted(expected.keys() - present)]
     problems += [f"{name} does not belong there" for name in sorted(present - expected.keys())]
     both = sorted(present & expected.keys())
-    for name, found in _checksums(folder, both, kind=kind).items():
+    if contents:
+        sums = _checksums(folder, both, kind=kind)
+    else:
+        sums = {name: _size(folder / name, expected[name]) for name in both}
+    for name, found in sums.items():
         problems += _differences(name, found, expected[name], kind=kind)
     return problems
+
+
+def _size(file: Path, expected: Any) -> dict[str, Any]:
+    """As `file_checksum`, with the size that the file has and the checksum that it should have."""
+    try:
+        return {**(expected if isinstance(expected, dict) else {}), "bytes": file.stat().st_size}
+    except OSError as error:
+        return {"unreadable": error.strerror}
 
 
 def _is_late(name: str) -> bool:

@@ -17,7 +17,7 @@ PROBLEM = 2
 PREEMPTED = 75
 """After SIGTERM, everything saved: run me again (EX_TEMPFAIL of sysexits.h). What a scheduler should start anew."""
 PEER_LOST = 76
-"""Another process of the same run died or fell silent; its own output says why (EX_PROTOCOL of sysexits.h)."""
+"""Another process of the same run died, fell silent or never came: run me again (EX_PROTOCOL of sysexits.h)."""
 INTERRUPTED = 130
 """After Ctrl-C, as shells expect it (128 + SIGINT)."""
 BROKEN_PIPE = 141

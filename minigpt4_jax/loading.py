@@ -262,7 +262,8 @@ def _load(
         )
     folder = _folder_of(name, progress=progress)
     try:
-        folder.require_whole()
+        # The processes of a run share the folder: the first one reads all of it, the others their part alone.
+        folder.require_whole(contents=jax.process_index() == 0)
         tokenizer = _tokenizer_of(folder)
         return read(folder), tokenizer
     except UserError as error:

@@ -203,14 +203,17 @@ class ModelFolder:
         """One whole parameter; of a local folder a view of the file."""
         return self._files[name].read(name)
 
-    def require_whole(self) -> None:
+    def require_whole(self, *, contents: bool = True) -> None:
         """Compares every file of a local folder with its checksum; one in a bucket is not read for that.
+
+        Args:
+            contents: False compares names and sizes alone.
 
         Raises:
             CheckpointError: what is missing, damaged or too much.
             NewerFormat: a later version of this project wrote it.
         """
-        problems = [] if is_url(self.path) else damaged_files(Path(self.path))
+        problems = [] if is_url(self.path) else damaged_files(Path(self.path), contents=contents)
         if problems is None:
             problems = [f"there is no {CHECKSUMS}"]
         if problems:

@@ -242,7 +242,7 @@ class DistributedConfig:
     process_id: int = -1
     """From 0."""
     timeout_s: int = 300
-    """How long a process waits for the others before it gives up with an error."""
+    """How long a process waits for the others before it gives up with code 76, to be started again."""
     heartbeat_s: int = 100
     """A process that was silent for so long counts as dead, and all others end."""
 

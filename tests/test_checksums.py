@@ -44,6 +44,20 @@ def test_every_difference_is_named(folder: Path) -> None:
     ]
 
 
+def test_without_contents_names_and_sizes_are_compared_and_nothing_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a").write_bytes(bytes(256))
+    monkeypatch.setattr(checksums, "file_checksum", None)
+    assert damaged_files(folder, contents=False) == []
+    (folder / "a").write_bytes(bytes(255))
+    (folder / "deep" / "b").unlink()
+    assert damaged_files(folder, contents=False) == [
+        "deep/b is missing",
+        "a has bytes 255, expected 256",
+    ]
+
+
 def test_large_files_are_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksums, "_CHUNK", 7)
     assert damaged_files(folder) == []

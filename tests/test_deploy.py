@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 MANIFESTS = sorted((ROOT / "deploy").rglob("*.yaml"))
 SCRIPTS = sorted([*(ROOT / "deploy").rglob("*.sh"), *(ROOT / "deploy").rglob("*.sbatch")])
 PAGE = ROOT / "docs" / "training.md"
-VARIABLES = {"$MODEL": "m", "$WORKDIR": "w", "$JOB_COMPLETION_INDEX": "0"}
+VARIABLES = {"$MODEL": "m", "$WORKDIR": "w", "$DATA": "/shared/data", "$JOB_COMPLETION_INDEX": "0"}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -35,12 +35,15 @@ def commands(text: str) -> list[list[str]]:
 
 
 def require_settings(words: list[str]) -> None:
-    """Loads the configuration that a command line names, with its overrides."""
+    """Loads the configuration that a command line names, with its overrides; they say where the data lies."""
     joined = " ".join(words).replace("--config=", "--config ").split()
     at = joined.index("--config")
     config = load(TrainConfig, ROOT / joined[at + 1], joined[:at] + joined[at + 2 :])
     assert config.model
     assert config.workdir
+    published = load(TrainConfig, ROOT / joined[at + 1], []).data.all_sources()
+    for name, source in config.data.all_sources().items():
+        assert source.path not in ("", published[name].path), f"{name}: {source.path!r}"
 
 
 def container(manifest: dict[str, Any]) -> dict[str, Any]:

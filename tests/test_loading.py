@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt4_jax import UserError, loading
+from minigpt4_jax import UserError, checksums, loading
 from minigpt4_jax.checkpoint import compare_trees
 from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.data.tokenizer import byte_tokenizer
-from minigpt4_jax.loading import load_decode_params, pick_dtype
+from minigpt4_jax.loading import load_decode_params, load_frozen, pick_dtype
 from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.layout import DECODE, DECODE_INT8, DISK, convert_layout
 from minigpt4_jax.models.minigpt4 import abstract_params
@@ -67,7 +67,7 @@ def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def must_not_read(*_: Any) -> Any:
+def must_not_read(*_: Any, **__: Any) -> Any:
     raise AssertionError("read")
 
 
@@ -99,6 +99,16 @@ def test_on_a_mesh_every_device_gets_its_part(folder: str, params: Any, layout: 
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     kernel = read["llama"]["layers"]["10"]["mlp"]["gate_up_proj"]["kernel"]
     assert [s.data.shape for s in kernel.addressable_shards] == [(32, 2 * 64 // 4)] * 4
+
+
+def test_the_first_process_alone_reads_everything_before_its_part(
+    folder: str, params: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "file_checksum", must_not_read)
+    with pytest.raises(AssertionError, match="read"):
+        load_frozen(folder)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    load_frozen(folder)
 
 
 def test_a_layout_or_a_model_that_does_not_fit_the_mesh_is_refused_before_anything_is_read(

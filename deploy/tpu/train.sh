@@ -9,13 +9,17 @@
 #       sudo mkdir -p /shared && sudo mount -o nfsvers=3 FILESTORE_ADDRESS:/share /shared'
 set -euo pipefail
 : "${TPU:?name of the TPU}" "${ZONE:?its zone}"
-: "${MODEL:=/shared/models/vicuna-7b}" "${WORKDIR:=/shared/runs/stage1}"
+: "${MODEL:=/shared/models/vicuna-7b}" "${DATA:=/shared/data}" "${WORKDIR:=/shared/runs/stage1}"
 
 # MEGASCALE_*: left behind by an earlier job of several slices, they make JAX wait for machines that are gone.
 # The number of the host and of all hosts come from the slice's metadata. A host that loses the others begins again
-# (deploy/again.sh) and waits for them.
+# (deploy/again.sh) and waits for them. One that reboots does not: its again.sh went with the ssh session. Then end what is
+# left on all hosts and run this script again; the run goes on at its last checkpoint:
+#   gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all \
+#       --command 'pkill -f deploy/[a]gain.sh; pkill -f [t]rain.py'
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "
     cd minigpt4_jax &&
     unset MEGASCALE_COORDINATOR_ADDRESS MEGASCALE_NUM_SLICES MEGASCALE_SLICE_ID &&
     deploy/again.sh python train.py --config configs/train/minigpt4_stage1.yaml \
-        model='$MODEL' workdir='$WORKDIR' data.num_threads=64 distributed.timeout_s=600"
+        model='$MODEL' data.sources.laion.path='$DATA/laion' data.sources.cc_sbu.path='$DATA/cc_sbu' \
+        workdir='$WORKDIR' data.num_threads=64 distributed.timeout_s=600"

@@ -195,7 +195,7 @@ def make_pipeline(
       pictures: decodes the pictures into `Batch["pixels"]`; None leaves them to a feature cache, by `image_index`.
       bad_images: what is wrong with pictures that the feature cache could not encode, by `image_index`.
       num_threads: batches are made ahead by this many threads; 0 makes them when asked for.
-      prefetch: how many batches are made ahead.
+      prefetch: how many batches are made ahead; at least one for each thread.
 
     Raises `UserError` that lists every over-long sample in memory together, for a batch that the processes cannot share
     evenly, and for buckets that end below the longest sample that may come.
@@ -203,6 +203,9 @@ def make_pipeline(
     import grain  # imports JAX if it finds it: only training pays for that
 
     _require_even_shares(batch_size, process_count)
+    prefetch = max(
+        prefetch, num_threads
+    )  # Grain has no more batches in the making than it makes ahead
     padding = Padding(
         length_multiple=length_multiple,
         buckets=tuple(length_buckets),

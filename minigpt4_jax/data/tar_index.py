@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -350,7 +351,8 @@ def write_index(
     `progress(done, of)` is called after each shard. Half an index never stands at `path`.
     """
     report, count = Report(), 0
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Two runs may index at once; in containers all of them are process 1.
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with beside.open("wb") as file:
             for number, shard in enumerate(shards):

@@ -21,9 +21,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from minigpt4_jax.checkpoint import (
     CheckpointError,
@@ -37,19 +35,17 @@ from minigpt4_jax.checksums import add_late_checksums, write_checksums
 from minigpt4_jax.config import UserError
 from minigpt4_jax.exits import Stopped
 from minigpt4_jax.training.quarantine import Damage, newest_whole_step, set_aside
+from minigpt4_jax.training.together import from_first
 
 _log = logging.getLogger(__name__)
 _NO_STEP, _REFUSED = -1, -2
+SAVE_S = 120
+"""That a save may take in the background. When it fails in one of several processes, the others wait for that one until
+then, and nothing else can be saved: so it is shorter than the grace after SIGTERM (180 s in deploy/). Orbax's own is 20
+minutes; a checkpoint is a few tens of MB."""
 LAST_SAVE_S = 10.0
 """That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
 _T = TypeVar("_T")
-
-
-def from_process_0(value: int) -> int:
-    """The `value` that process 0 gave. All processes of a run must call it; in a run of one nothing is sent."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Restored(NamedTuple):
@@ -88,6 +84,8 @@ class TrainCheckpoints:
                 create=True,
                 cleanup_tmp_directories=True,
                 async_options=ocp.options.AsyncOptions(
+                    timeout_secs=SAVE_S,
+                    barrier_sync_fn=_meet_after_failures(),
                     # Called when all files are written and the step does not yet have its name.
                     post_finalization_callback=self._write_checksums,
                     # In the background, a folder that a full disk refuses is waited for, for five minutes.
@@ -161,7 +159,7 @@ class TrainCheckpoints:
                 require_room(self._folder, state)
             except CheckpointError as error:
                 problem = error
-        if from_process_0(problem is not None):
+        if from_first(problem is not None):
             raise problem or CheckpointError(
                 f"Process 0 found no room for a checkpoint in {self._folder}; its message says more."
             )
@@ -194,7 +192,7 @@ class TrainCheckpoints:
         if restored is not None:
             if jax.process_index() == 0:
                 set_aside(self._folder, self._damage, good=restored.step)
-            from_process_0(0)  # nobody looks before process 0 has renamed
+            from_first(0)  # nobody looks before process 0 has renamed
             self._manager.reload()
         return restored
 
@@ -225,7 +223,7 @@ class TrainCheckpoints:
                 found = _NO_STEP if step is None else step
             except UserError as error:
                 found, refused = _REFUSED, error
-        found = from_process_0(found)
+        found = from_first(found)
         if found == _REFUSED:
             raise refused or CheckpointError(
                 f"Process 0 refuses the checkpoints in {self._folder}; its message says why."
@@ -306,6 +304,20 @@ class TrainCheckpoints:
         self.wait_until_finished()
         with writable(self._folder):
             self._manager.close()
+
+
+def _meet_after_failures() -> Callable[..., None]:
+    """Orbax's barrier, with more time where its processes meet behind a save.
+
+    A process whose save failed is there at once, the others when their own time is over; with the same time for both,
+    they miss each other by milliseconds, and the error of that hides the first one.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def wait_longer(*, key: str, timeout_ms: int) -> None:
+        wait(key=key, timeout_ms=2 * timeout_ms if "set_value" in key else timeout_ms)
+
+    return wait_longer
 
 
 class _Unreadable(CheckpointError):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from minigpt4_jax.config import UserError
+from minigpt4_jax.exits import PeerLost
 from minigpt4_jax.train_config import DistributedConfig
 
 FIRST_WORD_S, MOST_WORDS_S = 3.0, 30.0
@@ -51,7 +52,8 @@ def start_processes(config: DistributedConfig) -> None:
     Must come before anything that touches a device.
 
     Raises:
-        UserError: the others did not come within `config.timeout_s`, or the environment names a cluster by halves.
+        PeerLost: the others did not come within `config.timeout_s`; after the death of a host they may come later.
+        UserError: the environment names a cluster by halves.
     """
     found = find_cluster(config, os.environ)
     if isinstance(found, str):
@@ -157,7 +159,7 @@ def _kubernetes(environment: Mapping[str, str]) -> Found:
 
 
 def _meet(found: Found, *, timeout_s: int, heartbeat_s: int) -> None:
-    """Calls `jax.distributed.initialize`, says now and then that it waits, and raises `UserError` when it is too long.
+    """Calls `jax.distributed.initialize`, says now and then that it waits, and raises `PeerLost` when it is too long.
 
     In a thread, and with a longer time for JAX: when its own is over, it aborts the process from C++.
     """
@@ -195,7 +197,7 @@ def _meet(found: Found, *, timeout_s: int, heartbeat_s: int) -> None:
         return
     if not isinstance(error, RuntimeError | OSError):  # a mistake of this project
         raise error
-    raise UserError(
+    raise PeerLost(
         f"This is {found.who}, found by {found.why}. It waited {time.monotonic() - started:.0f} s for the others at "
         f"{found.where}; expected all of them within distributed.timeout_s={timeout_s}. Start the same command on "
         f"every host, see that all can reach {found.where}, or raise distributed.timeout_s. To run alone on this host, "

@@ -104,7 +104,7 @@ def encode_features(
     if not start:  # a full disk is an error here and now, not a bus error in the middle
         with partial.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-    encode = make_encoder(model)
+    encode = make_picture_encoder(model)
     vision = load_params()
     advance(start)
     for first in range(start, count, batch_size):
@@ -130,7 +130,7 @@ def encode_features(
     return Encoded(whole, _read_faults(faults))
 
 
-def make_encoder(model: MiniGPT4) -> Callable[[Params, np.ndarray | jax.Array], jax.Array]:
+def make_picture_encoder(model: MiniGPT4) -> Callable[[Params, np.ndarray | jax.Array], jax.Array]:
     """The compiled image path: the parameters `vision_parts` and pixels [B, H, W, 3] to features [B, R, C]."""
     return jax.jit(lambda params, x: apply_method(model, params, "encode_vision", x)[0])
 

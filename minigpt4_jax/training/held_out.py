@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -39,6 +38,7 @@ from minigpt4_jax.training.metrics import Metrics
 from minigpt4_jax.training.placement import batch_share
 from minigpt4_jax.training.state import Projection, TrainBatch
 from minigpt4_jax.training.step import Frozen, answer_logits
+from minigpt4_jax.training.together import first_process_first, from_first
 from minigpt4_jax.training.vision import CachedVision, Vision, make_reader, make_vision
 
 LossSum = tuple[Float[Array, ""], Int[Array, ""]]
@@ -83,15 +83,18 @@ def open_held_out(
             )
     # A crop would make two looks differ by chance.
     data = dataclasses.replace(data, folder="", sources=sources, random_resized_crop=False)
+    with first_process_first("held-out data"):
+        parts = open_sources(data)
     picked = pick_samples(
-        open_sources(data),
+        parts,
         encoder(),
         prompts=run_prompts(data) or (None,),
         max_samples=held_out.max_samples,
     )
     seen = dataclasses.replace(config, data=data)
     if isinstance(vision, CachedVision):
-        vision = make_vision(seen, preset, [picked.part], frozen, mesh=mesh, dtype=dtype)
+        with first_process_first("held-out features"):
+            vision = make_vision(seen, preset, [picked.part], frozen, mesh=mesh, dtype=dtype)
     pictures = None if isinstance(vision, CachedVision) else make_reader(seen, preset)
     captions = None
     if caption is not None and held_out.captions:
@@ -276,7 +279,7 @@ class HeldOut:
         """Whether step `step` is one to look after and was not looked at: the last, and each `every`-th from 0 on."""
         every = self._config.every
         wanted = step == self._max_steps or (every > 0 and step % every == 0)
-        return wanted and not _agreed(step in metrics.looks)
+        return wanted and not from_first(step in metrics.looks)
 
     def loss(self, projection: Projection) -> tuple[float, int]:
         """Mean loss over all counted targets, and their number."""
@@ -295,10 +298,3 @@ class HeldOut:
             self._captions.write(step, here, metrics)
         # Last: its line says that the look is complete.
         metrics.write_held_out(step, loss=loss, samples=self._num_samples, tokens=targets)
-
-
-def _agreed(value: bool) -> bool:
-    """What the first process says, on all."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))

@@ -7,6 +7,7 @@ Differs from the original: a run resumes at the very step and sample where it st
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,15 @@ def train(
         TrainCheckpoints(workdir, max_to_keep=config.max_to_keep) as checkpoints,
     ):
         # First of all: minutes of encoding for a run that is then refused would be in vain.
-        meta = {"run": run_identity(config, frozen=frozen.fingerprints(), start=start)}
-        require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
         dtype = _frozen_dtype(config.dtype)
+        settled = dataclasses.replace(config, dtype=dtype.name)  # `auto` is another dtype elsewhere
+        meta = {"run": run_identity(settled, frozen=frozen.fingerprints(), start=start)}
+        require_same_run(config.workdir, (checkpoints.latest_meta() or {}).get("run"), meta["run"])
         mesh, reason = choose_mesh(config, preset.model, dtype=dtype)
         if is_first_process():
             print(reason, flush=True)
-        parts = _open_sources(config)
+        with first_process_first("data"):
+            parts = _open_sources(config)
         with first_process_first("features"):
             vision = make_vision(config, preset, parts, frozen, mesh=mesh, dtype=dtype)
         with (

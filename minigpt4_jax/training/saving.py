@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from minigpt4_jax.checkpoint import CheckpointError
 from minigpt4_jax.config import UserError
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.distributed import is_first_process
 from minigpt4_jax.training.state import TrainState
-from minigpt4_jax.training.together import Agreement
+from minigpt4_jax.training.together import Agreement, any_process
 
 RETRY_S = 60.0
 """After the first failed save; twice as long after each further one."""
@@ -69,6 +67,11 @@ class Saver:
             return now >= self._retry_s
         return self._due and not self._checkpoints.busy
 
+    def begin(self, step: int) -> None:
+        """Before the first step, which is the one after `step`: else several processes could not save it."""
+        if self._agreement is not None:
+            self.due(step)
+
     def due(self, step: int) -> bool:
         """`wants_save` of process 0, on all processes; to be asked after every step.
 
@@ -91,11 +94,13 @@ class Saver:
     ) -> None:
         """Starts a save, and returns when the state is copied: it may be donated. A failure is said and counted.
 
+        When the save before turns out to have failed only now, the next try comes after its pause.
+
         Raises:
             UserError: too many saves in a row have failed, or the state is not that of `step`.
         """
-        self._finish()
-        self._start(step, state, data_state=data_state, meta=meta)
+        if self._finish():
+            self._start(step, state, data_state=data_state, meta=meta)
 
     def save_last(
         self, step: int, state: TrainState, *, data_state: dict[str, Any], meta: dict[str, Any]
@@ -136,12 +141,15 @@ class Saver:
         ):
             self._started = step
 
-    def _finish(self, *, last: bool = False) -> None:
-        """Waits for the save on its way, if there is one."""
-        if self._started is not None:
-            step, self._started = self._started, None
-            if self._survives(step, self._checkpoints.wait_until_finished, last=last):
-                self._failed = 0
+    def _finish(self, *, last: bool = False) -> bool:
+        """Waits for the save on its way, if there is one. Returns whether there is none that failed."""
+        if self._started is None:
+            return True
+        step, self._started = self._started, None
+        if not self._survives(step, self._checkpoints.wait_until_finished, last=last):
+            return False
+        self._failed = 0
+        return True
 
     def _survives(self, step: int, action: Callable[[], None], *, last: bool) -> bool:
         """Runs a part of a save. A failure on any process is one on all: what is left is removed, and counted.
@@ -153,7 +161,7 @@ class Saver:
             action()
         except (CheckpointError, OSError) as error:
             problem = error
-        if not _on_any_process(problem is not None):
+        if not any_process(problem is not None):
             return True
         problem = problem or CheckpointError("Another process failed; its message says why.")
         self._checkpoints.discard_unfinished()
@@ -178,9 +186,3 @@ class Saver:
         _log.warning("%s", told)
         print(told, flush=True)
         return False
-
-
-def _on_any_process(value: bool) -> bool:
-    if jax.process_count() == 1:
-        return value
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))

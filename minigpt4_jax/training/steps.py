@@ -87,6 +87,7 @@ def run_steps(
         )
         if _look_due(watch, step, metrics):
             _look(watch, step, state, metrics)
+        saver.begin(step)
         while step < max_steps:
             with account.spend("data_wait"):
                 batch = next(batches)

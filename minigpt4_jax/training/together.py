@@ -1,8 +1,9 @@
 """What the processes of a run do together: begin, agree, let one go first, and end when one of them is lost.
 
-For: `run_beside_others` around a whole run; `first_process_first` around what writes a shared folder; `Agreement` and
-`of_all_processes` for what they must know of each other. Not for: how they find each other (`distributed.py`), meshes
-(`sharding.py`), which samples a process reads (`data/pipeline.py`), signals (`stopping.py`).
+For: `run_beside_others` around a whole run; `first_process_first` around what writes a shared folder; `Agreement`,
+`from_first`, `any_process` and `of_all_processes` for what they must know of each other. Not for: how they find each
+other (`distributed.py`), meshes (`sharding.py`), which samples a process reads (`data/pipeline.py`), signals
+(`stopping.py`).
 
 What only process 0 does: the progress and the metrics (`metrics.py`), the checksums of a checkpoint
 (`checkpoints.py`; its arrays are written by all), the finished projection (`loop.py`), and "Done" (`cli.py`). What all
@@ -10,8 +11,8 @@ do: read the frozen weights and their share of the samples, and say what goes wr
 
 A process that fails says why, tells the others through JAX's coordination service, and leaves at once: at Python's end
 JAX waits for all processes of a run, and they would wait for this one in the middle of a step. Of one that is killed
-the others learn by an error of the collectives (gloo, NCCL), or when its heartbeat is missing for
-`distributed.heartbeat_s`: a TPU, and a CPU with several devices, waits until then. Then, and when process 0 is gone,
+the others learn by an error of gloo, or when its heartbeat is missing for `distributed.heartbeat_s`: a TPU, and a CPU
+with several devices, waits until then; NCCL was not tried. Then, and when process 0 is gone,
 which holds the service, JAX ends them itself (SIGABRT) and says that another task died.
 """
 
@@ -91,8 +92,22 @@ class Agreement:
         return 0 if before is None else int(before)
 
 
+def from_first(value: int) -> int:
+    """The `value` (of 32 bits) that process 0 gave. All must call it; in a run of one process nothing is sent."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def any_process(value: bool) -> bool:
+    """Whether any process gave True. All must call it; in a run of one process nothing is sent."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def of_all_processes(value: Any) -> list[Any]:
-    """A JSON-like value of every process, in their order. All processes of a run must call it."""
+    """A JSON-like value of every process, in their order. All must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -113,7 +128,7 @@ def run_beside_others(command: Callable[[], int], *, config: DistributedConfig) 
         start_processes(config)
     except UserError as error:
         print(f"minigpt4: {error}", file=sys.stderr)
-        _end(PROBLEM)
+        _end(PEER_LOST if isinstance(error, PeerLost) else PROBLEM)
     if not jax.distributed.is_initialized():
         return command()
     others, together = _Others(), False

@@ -36,7 +36,7 @@ from minigpt4_jax.training.features import (
     Features,
     encode_features,
     fingerprint,
-    make_encoder,
+    make_picture_encoder,
 )
 from minigpt4_jax.training.frozen import FrozenWeights
 from minigpt4_jax.training.metrics import make_progress
@@ -78,7 +78,7 @@ class PixelVision:
     ) -> None:
         self.pictures: PictureReader | None = pictures
         self.bad_images: dict[int, SampleFault] = {}  # found by the pipeline, sample by sample
-        self._encode = make_encoder(make_model(preset.model, layout=DISK, dtype=dtype))
+        self._encode = make_picture_encoder(make_model(preset.model, layout=DISK, dtype=dtype))
         self._mesh = mesh
         self._params = frozen.load(
             preset.model.vision_parts, layout=DISK, dtype=dtype, place=lambda _: replicated(mesh)
@@ -130,7 +130,11 @@ def prepare_features(
 ) -> Encoded:
     """Features of every picture of every source, numbered through in the order of `parts`."""
     places = [(part, row) for part in parts for row in range(part.source.num_images)]
-    described = f"square bicubic {pictures.size} {pictures.mean} {pictures.std}"
+    # float32 products are of less precision on accelerators than on a CPU.
+    described = (
+        f"square bicubic {pictures.size} {pictures.mean} {pictures.std}; float32 on {jax.default_backend()}, precision "
+        f"{jax.config.jax_default_matmul_precision}, kept as float16"
+    )
     key = fingerprint(
         _files(places), frozen.fingerprints(), config=preset.model, preprocessing=described
     )

@@ -205,6 +205,22 @@ def test_closing_ends_the_threads_and_may_be_repeated(source: Things) -> None:
     assert threading.active_count() <= before
 
 
+def test_all_threads_work_where_there_are_more_than_batches_are_made_ahead() -> None:
+    threads = 12
+    together = threading.Barrier(threads)
+    met = threading.Event()
+
+    class Slow(Things):
+        def read_image(self, row: int) -> bytes:
+            if not met.is_set():
+                together.wait(timeout=30)  # raises where a thread is missing
+                met.set()
+            return super().read_image(row)
+
+    take(Slow(10), 1, num_threads=threads, batch_size=1, pictures=READER)
+    assert met.is_set()
+
+
 def test_an_ever_longer_run_keeps_giving_batches_of_one_source_alone(source: Things) -> None:
     with pipeline([Part("a", source, 3.0)]) as stream:
         assert stream.batches_per_epoch == 2.5

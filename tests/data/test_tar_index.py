@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import tarfile
@@ -17,8 +18,11 @@ from minigpt4_jax.data.tar_index import (
     Report,
     index_shard,
     read_caption,
+    read_index,
+    shard_table,
     split_name,
     walk_members,
+    write_index,
 )
 from tests.planted import (
     END,
@@ -188,3 +192,25 @@ def test_of_many_faults_the_first_are_named_and_all_are_counted(tmp_path: Path) 
 )  # fmt: skip
 def test_a_key_ends_at_the_first_dot_of_the_file_name(name: str, key: str, extension: str) -> None:
     assert split_name(name) == (key, extension)
+
+
+def test_two_hosts_that_index_at_once_do_not_touch_each_others_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, path = tmp_path / "a.tar", tmp_path / "index.bin"
+    shard.write_bytes(samples([1, 2, 3]) + END)
+    table = shard_table([shard], tmp_path)
+    monkeypatch.setattr(tar_index.os, "getpid", lambda: 1)  # as in containers
+    write, calls = functools.partial(write_index, path, [shard], table), []
+
+    def meanwhile(done: int, of: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(tar_index.socket, "gethostname", lambda: "another")
+            write(progress=lambda done, of: calls.append((done, of)))
+
+    write(progress=meanwhile)
+    assert calls == [(1, 1)]
+    found = read_index(path, table)
+    assert found is not None
+    assert len(found.rows) == 3
+    assert {file.name for file in tmp_path.iterdir()} == {"a.tar", "index.bin"}

@@ -311,3 +311,21 @@ def test_a_disk_that_fills_up_while_a_step_is_written_leaves_the_step_before(
         checkpoints.close()
     monkeypatch.undo()
     assert restore(run).step == 3
+
+
+def test_processes_meet_behind_a_save_for_longer_than_a_save_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With the same time for both, the one whose save failed gave up just before the others came (two real processes).
+    waited: dict[str, int] = {}
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        waited[key] = timeout_ms
+
+    monkeypatch.setattr(module.ocp.multihost, "get_barrier_sync_fn", lambda: barrier)
+    with TrainCheckpoints(tmp_path, max_to_keep=2) as checkpoints:
+        checkpoints.save(1, make_state(), data_state={}, meta={})
+        checkpoints.wait_until_finished()
+    limits = {key.rpartition(":")[2]: limit for key, limit in waited.items()}
+    assert set(limits) == {"set_value_start", "set_value_end"}
+    assert min(limits.values()) > module.SAVE_S * 1000

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,26 @@ def make_reader(llama: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
     return llama
 
 
+def test_what_reading_the_sets_writes_is_written_by_process_0_first(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def first(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.remove(name)
+
+    def open_sources(*args: Any, **settings: Any) -> None:
+        raise UserError(f"opened inside {inside}")
+
+    monkeypatch.setattr(loop, "first_process_first", first)
+    monkeypatch.setattr(loop, "open_sources", open_sources)
+    with pytest.raises(UserError, match=r"opened inside \['data'\]"):
+        run(tmp_path)
+
+
 def test_the_same_settings_give_the_same_run(tmp_path: Path, run: Any, whole: Any) -> None:
     projection = run(tmp_path)
     assert losses(tmp_path) == whole[0]
@@ -182,6 +204,7 @@ def test_a_run_goes_on_on_another_mesh(
         ("data.prompts=['Other?']", "data.prompts"),
         ("seed=7", "seed"),
         ("init_projection=ridge", "init_projection"),
+        ("dtype=bfloat16", "dtype"),  # `auto` is float32 here
     ],
 )
 def test_a_workdir_of_another_run_is_refused_with_the_changed_setting(

@@ -24,6 +24,7 @@ from minigpt4_jax.training import saving
 from minigpt4_jax.training.checkpoints import TrainCheckpoints
 from minigpt4_jax.training.saving import Saver
 from minigpt4_jax.training.state import TrainState, init_state
+from minigpt4_jax.training.together import Agreement
 
 
 class Clock:
@@ -46,12 +47,14 @@ def make_state(step: int) -> TrainState:
 class Run:
     """A step loop with nothing in it but its saves."""
 
-    def __init__(self, workdir: Path, **settings: Any) -> None:
+    def __init__(self, workdir: Path, *, beside_others: bool = False, **settings: Any) -> None:
         self.clock = Clock()
         self.folder = workdir / "checkpoints"
         self.checkpoints = TrainCheckpoints(workdir, max_to_keep=2)
         chosen = {"save_every": 10**6, "save_every_minutes": 0.0, "max_failed_saves": 3} | settings
         self.saver = Saver(self.checkpoints, clock=self.clock, **chosen)
+        if beside_others:
+            self.saver._agreement = Agreement()
         self.step = 0
         self.started: list[int] = []
 
@@ -83,6 +86,22 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     monkeypatch.setattr(Saver, "save", save)
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_beside_others_the_first_step_after_a_start_can_be_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path, beside_others=True, save_every=5)
+    run.step = 4
+    run.saver.begin(run.step)
+    run.take(7)
+    assert run.started == [5, 10]
+    run.checkpoints.close()
+    alone = Run(tmp_path / "alone", save_every=5)
+    alone.step = 5
+    alone.saver.begin(alone.step)  # saved before the start
+    alone.take(5)
+    assert alone.started == [10]
+    alone.checkpoints.close()
 
 
 @pytest.mark.usefixtures("no_wait")
@@ -194,6 +213,28 @@ def test_a_failed_save_costs_only_itself_and_is_tried_again_after_a_while(
     np.testing.assert_array_equal(
         found.state.projection["kernel"], make_state(20).projection["kernel"]
     )
+
+
+@refused_writes
+def test_beside_others_a_failure_that_is_found_at_the_next_save_counts_once_and_waits_its_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, beside_others=True, save_every=5)
+    with refusing_disk():
+        run.take(5)
+        run.settle()
+        assert "could not be written" not in capsys.readouterr().out
+        run.take(5)
+        run.settle()
+        run.take(2)
+    assert run.started == [5, 10]  # the second was asked for, and found the first
+    assert capsys.readouterr().out.count("could not be written") == 1
+    assert run.names() == []
+    run.take(2, seconds=60)  # the word of process 0 comes a step later
+    assert run.started == [5, 10, 14]
+    run.settle()
+    run.checkpoints.close()
+    assert run.names() == ["14"]
 
 
 @refused_writes

@@ -33,6 +33,7 @@ from minigpt4_jax.generation.decode import decode_step, prefill
 from minigpt4_jax.generation.programs import compile_program
 from minigpt4_jax.generation.requests import Request
 from minigpt4_jax.generation.state import SlotState, init_state
+from minigpt4_jax.gpu_memory import take_gpu_memory
 from minigpt4_jax.models.kv_cache import init_cache
 from minigpt4_jax.models.minigpt4 import make_model
 
@@ -271,6 +272,7 @@ ROWS: dict[str, Spec] = dict(
 def main() -> None:
     """Measures the rows that are named and prints them, one line each."""
     args = parts.read_part_arguments(__doc__.split("\n\n")[0], rows=list(ROWS), sizes=list(SIZES))
+    take_gpu_memory()
     host = Host(SIZES[args.sizes])
     ceilings = host.ceilings  # before weights and caches take the memory
     for name, row in parts.measure_rows(ROWS, args.rows, host, budget_s=args.budget_s):

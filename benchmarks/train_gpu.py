@@ -26,6 +26,7 @@ from full_size import abstract_params_in, random_params, tree_bytes
 from parts import Spec
 
 from minigpt4_jax import estimate, hardware
+from minigpt4_jax.gpu_memory import take_gpu_memory
 from minigpt4_jax.models.layout import DISK
 from minigpt4_jax.models.minigpt4 import Params, apply_method, make_model
 from minigpt4_jax.presets import get_preset
@@ -207,6 +208,7 @@ ROWS: dict[str, Spec] = dict(
 def main() -> None:
     """Measures the rows that are named and prints them, one line each."""
     args = parts.read_part_arguments(__doc__.split("\n\n")[0], rows=list(ROWS), sizes=list(SIZES))
+    take_gpu_memory()
     for name, row in parts.measure_rows(ROWS, args.rows, SIZES[args.sizes], budget_s=args.budget_s):
         parts.print_row(name, row)
 

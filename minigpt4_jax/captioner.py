@@ -4,8 +4,9 @@ For: `Captioner`, which has the frozen weights once more, in the layout of the d
 projection each time. Not for: which pictures, when (`training/held_out.py`), and where the answers go
 (`training/captions.py`).
 
-The memory is a second copy of the model on one device, from the first look on (15.7 GB for 7B in bfloat16): training
-and decoding read differently laid out weights, so they cannot share one. `held_out.captions=0` does without.
+The memory is a second copy of the model on one device (15.7 GB for 7B in bfloat16): training and decoding read
+differently laid out weights, so they cannot share one. It is read anew for each look and gone behind it: what a step
+needs is not there twice. `held_out.captions=0` does without.
 Differs from the original, which shows answers only in its demo, from a checkpoint.
 """
 
@@ -41,14 +42,15 @@ SIDE_BY_SIDE = 4
 class Captioner:
     """Answers about pictures, likeliest word first, in the very words that the run trains with.
 
-    Weights are loaded at the first call. Raises what `loading.load_decode_params` raises.
+    Weights are loaded at each call and kept by none; compiled programs are kept. Raises what
+    `loading.load_decode_params` raises.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._preset = find_preset(config.model)
         self._template = get_template(config.data.template)
-        self._loaded: tuple[Engine, Tokenizer] | None = None
+        self._engine: Engine | None = None
 
     def __call__(
         self, projection: Params, pictures: Sequence[bytes], prompts: Sequence[str | None]
@@ -60,10 +62,19 @@ class Captioner:
             pictures: their files.
             prompts: what each is asked; None shows the bare picture, as the original's first stage does.
         """
-        if self._loaded is None:
-            self._loaded = self._load(projection, prompts)
-        engine, tokenizer = self._loaded
-        engine.set_projection(projection)
+        engine, tokenizer = self._load(projection, prompts)
+        answers = self._answer(engine, tokenizer, pictures, prompts)
+        engine.drop_params()
+        self._engine = engine
+        return answers
+
+    def _answer(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        pictures: Sequence[bytes],
+        prompts: Sequence[str | None],
+    ) -> list[str]:
         preset = self._preset
         pixels = [
             preprocess(
@@ -101,6 +112,10 @@ class Captioner:
             params, tokenizer = loading.load_decode_params(
                 config.model, dtype=dtype, layout=DECODE, projection=path
             )
+        engine, self._engine = self._engine, None  # one that fails is not used again
+        if engine is not None:
+            engine.take_params(params)
+            return engine, tokenizer
         # No larger than it must be: each place costs 0.5 MB in every slot of a 7B model.
         longest = max(len(self._prompt_ids(prompt, tokenizer)) for prompt in prompts)
         context = min(longest + config.held_out.max_new_tokens, model.llama.max_positions)

@@ -125,13 +125,15 @@ def load_model(args: argparse.Namespace, *, num_slots: int) -> MiniGPT4:
 
 
 def set_up_jax() -> None:
-    """Process-wide settings: where compiled programs are kept between calls, and quiet libraries."""
+    """Process-wide settings: a GPU's memory, where compiled programs are kept between calls, and quiet libraries."""
     import logging
 
     import jax
 
     from convert.fetch import cache_folder
+    from minigpt4_jax.gpu_memory import take_gpu_memory
 
+    take_gpu_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Orbax logs a traceback for what it also raises.

@@ -23,7 +23,8 @@ from minigpt4_jax.hardware import GIB, Slice
 from minigpt4_jax.parameters import count_parameters, layer_kernels
 
 USABLE = 0.92
-"""Share of a device's memory that a step may be planned to fill: the rest is the runtime's, and what fragments."""
+"""Share of what JAX's allocator gets of a device's memory (`Device.memory_bytes`) that a step may be planned to fill:
+the rest is the runtime's, and what fragments."""
 NONE_KEEPS = 2.8
 """What XLA keeps of a layer with remat=none, as a multiple of remat=names. This and the next two are fitted to what
 XLA:TPU needs for the 7B step, 64 rows of 65 tokens with 32 targets on v5p; docs/plan.md has how well they do."""
@@ -98,7 +99,7 @@ def train_memory(
         layer=gathered + made,
         optimizer=counts["llama_proj"].total * OPTIMIZER_BYTES,
         logits=rows * targets * llama.vocab_size * LOGIT_BYTES[head > 0] + head,
-        vision=_vision_bytes(model, mesh, rows=rows, dtype_bytes=dtype_bytes) if vision else 0,
+        vision=_vision_bytes(model, rows=rows, dtype_bytes=dtype_bytes) if vision else 0,
     )
 
 
@@ -113,16 +114,15 @@ def saved_elements(llama: LlamaConfig, remat: str, *, tensor: int) -> int:
     return {"names": names, "full": llama.width, "none": round(NONE_KEEPS * names)}[remat]
 
 
-def _vision_bytes(
-    model: ModelConfig, mesh: Mapping[str, int], *, rows: int, dtype_bytes: int
-) -> int:
+def _vision_bytes(model: ModelConfig, *, rows: int, dtype_bytes: int) -> int:
+    """As `training/vision.py` has it: the whole tower on every device, which encodes the pictures of its rows."""
     counts, vit = count_parameters(model), model.vit
-    weights = sum(counts[part].on_device(mesh) for part in model.vision_parts) * dtype_bytes
+    weights = sum(counts[part].total for part in model.vision_parts) * dtype_bytes
     tokens = rows * (1 + vit.num_patches)
     # The residual stream, q, k, v, the MLP's middle; scores in float32.
-    made = tokens * (4 * vit.width + 2 * vit.mlp_width // mesh["tensor"]) * dtype_bytes
-    scores = rows * (vit.num_heads // min(mesh["tensor"], vit.num_heads)) * 4
-    return weights + made + scores * (1 + vit.num_patches) ** 2
+    made = tokens * (4 * vit.width + 2 * vit.mlp_width) * dtype_bytes
+    scores = rows * vit.num_heads * (1 + vit.num_patches) ** 2 * 4
+    return weights + made + scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,8 @@ def step_time(
 ) -> StepTime:
     """The least a step can take on `target`; the other arguments are those of `train_memory`.
 
-    Rows of the batch that no device has a whole share of are computed all the same, as padding.
+    Rows of the batch that no device has a whole share of are computed all the same, as padding. Every device that has a
+    row encodes its picture, so `tensor` makes the image tower no faster.
     """
     device, copies = target.device, mesh["data"] * mesh["fsdp"]
     flops = step_flops(
@@ -171,6 +172,7 @@ def step_time(
         targets=targets,
         vision=vision,
         remat=remat,
+        tensor=mesh["tensor"],
     )
     need = train_memory(
         model,
@@ -189,7 +191,6 @@ def step_time(
         length=length,
         targets=targets,
         dtype_bytes=dtype_bytes,
-        vision=vision,
     )
     counts = count_parameters(model)
     passes = 3 if remat == "full" else 2
@@ -277,7 +278,7 @@ def pick_mesh(
     def seconds(mesh: Mapping[str, int]) -> float:
         return step_time(model, target=target, mesh=mesh, **work).in_turn
 
-    limit = USABLE * target.device.hbm_bytes
+    limit = USABLE * target.device.memory_bytes
     fitting = [mesh for mesh in possible if need(mesh) <= limit]
     chosen = min(fitting, key=seconds) if fitting else min(possible, key=need)
     each = (

@@ -37,19 +37,17 @@ def step_exchange(
     length: int,
     targets: int,
     dtype_bytes: int,
-    vision: bool,
 ) -> Exchange:
-    """Exchange of one step; the arguments are those of `estimate.train_memory`. Sums and gathers go round in a ring."""
+    """Exchange of one step; the arguments are those of `estimate.train_memory`. Sums and gathers go round in a ring.
+
+    The image tower has no part in it: it is whole on every device (`training/vision.py`).
+    """
     llama, counts = model.llama, count_parameters(model)
     fsdp, tensor = mesh["fsdp"], mesh["tensor"]
     rows = -(-batch_size // (mesh["data"] * fsdp))
-    pictures = sum(counts[part].split for part in model.vision_parts) if vision else 0
-    gathers = (2 * counts["llama"].split + pictures) * dtype_bytes / tensor
+    gathers = 2 * counts["llama"].split * dtype_bytes / tensor
     stream = rows * length * llama.width * dtype_bytes
     summed = 4 * llama.num_layers * stream + rows * targets * llama.vocab_size * 4
-    if vision:
-        vit = model.vit
-        summed += 2 * vit.num_layers * rows * (1 + vit.num_patches) * vit.width * dtype_bytes
     copies = mesh["data"] * fsdp
     return Exchange(
         fsdp=gathers * (fsdp - 1) / fsdp,

@@ -30,7 +30,8 @@ class StepFlops:
     vision: float
     """Forward of the image tower and the Q-Former; 0 with cached features."""
     again: float
-    """What the program computes above that: whole squares of scores, and again what `remat` did not keep."""
+    """What the program computes above that: whole squares of scores, again what `remat` did not keep, and the image
+    tower again on every further device of `tensor`."""
 
     @property
     def model(self) -> float:
@@ -44,9 +45,20 @@ class StepFlops:
 
 
 def step_flops(
-    model: ModelConfig, *, batch_size: int, length: int, targets: int, vision: bool, remat: str
+    model: ModelConfig,
+    *,
+    batch_size: int,
+    length: int,
+    targets: int,
+    vision: bool,
+    remat: str,
+    tensor: int = 1,
 ) -> StepFlops:
-    """FLOPs of one step; the arguments are those of `train_memory`. A multiplication and an addition count as two."""
+    """FLOPs of one step; the arguments are those of `train_memory`. A multiplication and an addition count as two.
+
+    Args:
+        tensor: devices along this axis: each of them encodes the same pictures, with the whole tower.
+    """
     llama = model.llama
     tokens = batch_size * length
     forward = 2.0 * tokens * llama.num_layers * layer_kernels(llama)
@@ -60,13 +72,14 @@ def step_flops(
         "full": square
         + 2.0 * tokens * llama.num_layers * (layer_kernels(llama) - llama.mlp_width * llama.width),
     }[remat]
+    pictures = batch_size * vision_flops(model) if vision else 0.0
     return StepFlops(
         layers=2 * forward,
         attention=1.5 * square,
         head=4.0 * batch_size * targets * llama.vocab_size * llama.width,
         projection=4.0 * proj_tokens * model.projection_in * llama.width,
-        vision=batch_size * vision_flops(model) if vision else 0.0,
-        again=1.5 * square + again,
+        vision=pictures,
+        again=1.5 * square + again + (tensor - 1) * pictures,
     )
 
 

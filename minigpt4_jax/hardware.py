@@ -12,11 +12,17 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minigpt4_jax.config import UserError
 
 GIB = 2**30
+GPU_SHARE = 0.95
+"""Of a GPU's memory, what JAX's allocator is given (`gpu_memory.py`; 0.75 where nobody says). The rest is for what does
+not ask that allocator: the driver, cuBLAS, cuDNN, NCCL."""
+TPU_CHIPS_PER_HOST = 4
+"""Of slices that one host does not hold. https://docs.cloud.google.com/tpu/docs/v5e, VM types: a VM of v5litepod-16 and
+larger has four chips (that page's table of topologies counts machines, which hold two such VMs); the same for v6e."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,16 @@ class Device:
     host_bytes_per_s: float
     """In one direction and per chip, from one host to another outside a slice's own links."""
     chips_per_host: int
+    """At most: `Slice.hosts`."""
     topologies: tuple[tuple[int, ...], ...]
     """Slices that can be rented; empty for GPUs, which come in any number."""
+    memory_share: float = 1.0
+    """Of `hbm_bytes`, what JAX's allocator gets."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What arrays and programs share."""
+        return int(self.memory_share * self.hbm_bytes)
 
     @property
     def is_tpu(self) -> bool:
@@ -54,6 +68,23 @@ def _cubes(largest: tuple[int, int, int]) -> tuple[tuple[int, ...], ...]:
     sides = [range(4, most + 1, 4) for most in largest]
     whole = [(a, b, c) for a in sides[0] for b in sides[1] for c in sides[2] if a <= b <= c]
     return ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *whole)
+
+
+def _pcie_card(name: str, kind: str, gib: float, *, rates: tuple[float, float, float]) -> Device:
+    """`rates` of matrix products, memory and bus. NVLink joins pairs of such cards at most, so the bus counts. GiB that
+    the driver reports, eight a host and 100 Gb/s each are unverified."""
+    return Device(
+        name=name,
+        device_kinds=(kind,),
+        hbm_bytes=int(gib * GIB),
+        flops_per_s=rates[0],
+        hbm_bytes_per_s=rates[1],
+        link_bytes_per_s=rates[2],
+        host_bytes_per_s=12.5e9,
+        chips_per_host=8,
+        topologies=(),
+        memory_share=GPU_SHARE,
+    )
 
 
 DEVICES: dict[str, Device] = {
@@ -122,6 +153,7 @@ DEVICES: dict[str, Device] = {
             host_bytes_per_s=25e9,
             chips_per_host=8,
             topologies=(),
+            memory_share=GPU_SHARE,
         ),
         Device(
             name="a100-80",
@@ -134,7 +166,11 @@ DEVICES: dict[str, Device] = {
             host_bytes_per_s=25e9,
             chips_per_host=8,
             topologies=(),
+            memory_share=GPU_SHARE,
         ),
+        # The same data sheet's PCIe cards: 312 TFLOP/s, 1555 and 1935 GB/s, PCIe 4.0 with 64 GB/s both ways.
+        _pcie_card("a100-40-pcie", "NVIDIA A100-PCIE-40GB", 39.4, rates=(312e12, 1555e9, 32e9)),
+        _pcie_card("a100-80-pcie", "NVIDIA A100 80GB PCIe", 79.0, rates=(312e12, 1935e9, 32e9)),
         Device(
             name="h100",
             device_kinds=("NVIDIA H100 80GB HBM3",),
@@ -147,7 +183,12 @@ DEVICES: dict[str, Device] = {
             host_bytes_per_s=50e9,
             chips_per_host=8,
             topologies=(),
+            memory_share=GPU_SHARE,
         ),
+        # The same data sheet: PCIe 80 GB, 756 TFLOP/s, 2 TB/s; NVL 94 GB, 835 TFLOP/s (unverified), 3.9 TB/s; both PCIe
+        # 5.0 with 128 GB/s both ways.
+        _pcie_card("h100-pcie", "NVIDIA H100 PCIe", 79.0, rates=(756e12, 2000e9, 64e9)),
+        _pcie_card("h100-nvl", "NVIDIA H100 NVL", 93.1, rates=(835e12, 3900e9, 64e9)),
         Device(
             name="h200",
             device_kinds=("NVIDIA H200",),
@@ -160,9 +201,12 @@ DEVICES: dict[str, Device] = {
             host_bytes_per_s=50e9,
             chips_per_host=8,
             topologies=(),
+            memory_share=GPU_SHARE,
         ),
     )
 }
+
+RATES_OF = "a100-40-pcie"
 
 
 def find_device(device_kind: str) -> Device | None:
@@ -188,6 +232,16 @@ def slice_of(device_kind: str, chips: int) -> Slice | None:
     return Slice(device=device, topology=min(fitting, key=max, default=(chips,)))
 
 
+def unlisted_slice(device_kind: str, chips: int, *, hbm_bytes: int) -> Slice:
+    """Devices that `find_device` does not know and that report their memory: at the rates of `RATES_OF`, whose links
+    are the slowest of the table, so that what is chosen by them exchanges little."""
+    known = DEVICES[RATES_OF]
+    device = replace(
+        known, name=device_kind, device_kinds=(), hbm_bytes=hbm_bytes, memory_share=1.0
+    )
+    return Slice(device=device, topology=(chips,))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slice:
     """Chips that train together."""
@@ -207,7 +261,11 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        return -(-self.chips // self.device.chips_per_host)
+        """Machines as programs see them, a process on each."""
+        each = self.device.chips_per_host
+        if self.device.is_tpu and self.chips > each:
+            each = TPU_CHIPS_PER_HOST
+        return -(-self.chips // each)
 
     def exchange_bytes_per_s(self, span: int) -> float:
         """What each of `span` neighbouring chips can take in at best while all of them exchange.

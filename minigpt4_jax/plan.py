@@ -99,7 +99,7 @@ class Plan:
     @property
     def limit_bytes(self) -> int:
         """What a step may be planned to fill."""
-        return int(USABLE * self.target.device.hbm_bytes)
+        return int(USABLE * self.target.device.memory_bytes)
 
     @property
     def fits(self) -> bool:
@@ -111,8 +111,12 @@ class Plan:
         return self.work.steps * self.time.floor / 3600
 
     def hours_at(self, utilisation: float) -> float:
-        """Of the whole run where the model's FLOPs run at this share of the peak, and no other limit is longer."""
-        compute = self.flops.model / self.target.chips / self.target.device.flops_per_s
+        """Of the whole run where the model's FLOPs run at this share of the peak, and no other limit is longer.
+
+        Pictures that the devices of `tensor` encode alike count as often.
+        """
+        flops = self.flops.model + (self.mesh.tensor - 1) * self.flops.vision
+        compute = flops / self.target.chips / self.target.device.flops_per_s
         step = max(compute / utilisation, self.time.floor)
         return self.work.steps * step / 3600
 
@@ -194,13 +198,14 @@ def make_plan(work: Work, target: Slice) -> Plan:
     )
     given = {"mesh": chosen.sizes, **work.shape}
     flops = {name: value for name, value in work.shape.items() if name != "dtype_bytes"}
+    moved = {name: value for name, value in given.items() if name != "vision"}
     return Plan(
         work=work,
         target=target,
         mesh=chosen,
         memory=train_memory(work.model, remat=work.remat, **given),
-        flops=step_flops(work.model, remat=work.remat, **flops),
-        exchange=step_exchange(work.model, **given),
+        flops=step_flops(work.model, remat=work.remat, tensor=chosen.tensor, **flops),
+        exchange=step_exchange(work.model, **moved),
         time=step_time(work.model, target=target, remat=work.remat, **given),
     )
 

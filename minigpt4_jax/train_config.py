@@ -273,8 +273,8 @@ class HeldOutConfig:
     max_samples: int = 256
     """Of these the mean loss; the same ones every time."""
     captions: int = 4
-    """Of so many pictures the model's answer is shown and kept; 0: none. The first one loads the model once more, as it
-    is used for answers, onto one device: 15.7 GB for 7B in bfloat16."""
+    """Of so many pictures the model's answer is shown and kept; 0: none. Each look loads the model once more, as it
+    is used for answers, onto one device, and drops it: 15.7 GB for 7B in bfloat16."""
     max_new_tokens: int = 40
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from minigpt4_jax.estimate import (
     train_memory,
 )
 from minigpt4_jax.exchange import Exchange, step_exchange
+from minigpt4_jax.flops import vision_flops
 from minigpt4_jax.hardware import GIB, Slice, parse_gpu, parse_tpu
 from minigpt4_jax.presets import PRESETS
 
@@ -29,6 +30,8 @@ STAGE_1: dict[str, Any] = {
     "dtype_bytes": 2,
     "vision": False,
 }
+TOWER = 2 * (985_894_528 + 2_816 + 24_576 + 105_137_664)
+"""Bytes of the image tower and the Q-Former."""
 AUTO = {"data": 0, "fsdp": 0, "tensor": 0}
 
 
@@ -89,8 +92,22 @@ def test_logits_are_those_of_the_targets() -> None:
 
 def test_pictures_cost_memory_only_in_the_loop() -> None:
     assert memory(SEVEN).vision == 0
-    tower = 2 * (985_894_528 + 2_816 + 24_576 + 105_137_664)
-    assert memory(SEVEN, vision=True).vision > tower
+    assert memory(SEVEN, vision=True).vision > TOWER
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_every_device_holds_the_whole_tower_and_encodes_the_pictures_of_its_rows(axis: str) -> None:
+    """As `training/vision.py` lays them: `replicated(mesh)`, and rows over data and fsdp."""
+    whole, half = (memory(SEVEN, mesh=mesh, vision=True).vision for mesh in (ONE, {**ONE, axis: 2}))
+    assert half - TOWER == (whole - TOWER) // (1 if axis == "tensor" else 2)
+    target, work = parse_tpu("v5e:1x1"), {**STAGE_1, "remat": "names"}
+    cached, pictures = (
+        step_time(SEVEN, target=target, mesh={**ONE, axis: 2}, **{**work, "vision": vision})
+        for vision in (False, True)
+    )
+    assert cached.exchange == pictures.exchange
+    encoding = (pictures.compute - cached.compute) * target.device.flops_per_s * target.chips
+    assert encoding == pytest.approx(256 * vision_flops(SEVEN) * (2 if axis == "tensor" else 1))
 
 
 @pytest.mark.parametrize("targets", [1, 64])
@@ -125,7 +142,8 @@ def test_policies_keep_less_in_their_order() -> None:
 
 
 def exchange(model: ModelConfig, mesh: dict[str, int]) -> Exchange:
-    return step_exchange(model, mesh=mesh, **STAGE_1)
+    shape = {name: STAGE_1[name] for name in ("batch_size", "length", "targets", "dtype_bytes")}
+    return step_exchange(model, mesh=mesh, **shape)
 
 
 def test_fsdp_moves_the_weights_twice_whatever_the_batch() -> None:

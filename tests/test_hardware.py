@@ -22,6 +22,10 @@ from minigpt4_jax.hardware import DEVICES, GIB, find_device, parse_gpu, parse_tp
         ("NVIDIA A100-SXM4-80GB", "a100-80"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40-pcie"),
+        ("NVIDIA A100 80GB PCIe", "a100-80-pcie"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
     ],
 )
 def test_a_device_is_found_by_the_name_that_jax_reports(kind: str, name: str) -> None:
@@ -32,7 +36,7 @@ def test_a_device_is_found_by_the_name_that_jax_reports(kind: str, name: str) ->
 
 def test_an_unknown_device_is_none_and_no_guess() -> None:
     assert find_device("cpu") is None
-    assert find_device("NVIDIA H100 PCIe") is None
+    assert find_device("NVIDIA GH200 480GB") is None
     assert slice_of("cpu", 8) is None
 
 
@@ -49,10 +53,11 @@ def test_the_numbers_of_a_device_are_in_their_units(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "chips", "hosts"),
     [
-        ("v5e:4x4", 16, 2),
+        ("v5e:4x4", 16, 4),
         ("v4:2x2x1", 4, 1),
         ("v5p:2x2x2", 8, 2),
         ("V6E:2x4", 8, 1),
+        ("v6e:16x16", 256, 64),
         ("v5p:4x4x8", 128, 32),
     ],
 )
@@ -104,13 +109,16 @@ def test_a_slice_that_there_is_not_is_refused_with_what_was_meant(text: str, sai
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a100:4", "Did you mean a100-40:4 or a100-80:4?"),
+        ("a100:4", "Did you mean a100-40:4 or a100-80:4 or a100-40-pcie:4 or a100-80-pcie:4?"),
         ("h100", "such as h100:4."),
         ("h100:x", "such as h100:4."),
         ("h100:0", "such as h100:4."),
         ("h100:12", "whole hosts of 8, such as h100:16."),
         ("v5e:4x4", "expected --tpu v5e:4x4"),
-        ("rtx4090:1", "expected one of a100-40, a100-80, h100, h200"),
+        (
+            "rtx4090:1",
+            "expected one of a100-40, a100-80, a100-40-pcie, a100-80-pcie, h100, h100-pcie, h100-nvl, h200",
+        ),
     ],
 )
 def test_gpus_that_there_are_not_are_refused_with_what_was_meant(text: str, said: str) -> None:

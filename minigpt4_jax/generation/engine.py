@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -29,6 +28,7 @@ from minigpt4_jax.generation.beam import BeamRules
 from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, Hypothesis
 from minigpt4_jax.generation.loop import Loop
 from minigpt4_jax.generation.requests import Generation, Request
+from minigpt4_jax.generation.residents import Resident
 from minigpt4_jax.generation.runner import Runner
 from minigpt4_jax.generation.score import AnswerScore, Candidates, score_answers
 from minigpt4_jax.models.layout import DECODE, Layout
@@ -121,23 +121,18 @@ class Engine(Loop):
                 if progress is not None:
                     progress(number + 1, len(jobs))
 
-    def set_projection(self, projection: Params) -> None:
-        """Another `llama_proj` from here on; nothing is compiled anew. Embeddings made before are those of the old one.
+    # --- other weights ---
 
-        Raises `ValueError` unless names and shapes are those of the present one.
-        """
-        runner = self._runner
-        before: Params = runner.params["llama_proj"]
-        shapes = [
-            {name: leaf.shape for name, leaf in tree.items()} for tree in (before, projection)
-        ]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"The projection has {shapes[1]}; expected {shapes[0]}.")
-        placed = {
-            name: jax.device_put(np.asarray(projection[name]).astype(leaf.dtype), leaf.sharding)
-            for name, leaf in before.items()
-        }
-        runner.params = {**runner.params, "llama_proj": placed}
+    def drop_params(self) -> None:
+        """Weights and cache leave the device until `take_params`; what was compiled stays. All must be answered."""
+        self._pending.clear()
+        self._residents = [Resident() for _ in range(self.num_slots)]
+        del self._runner.params, self._state
+
+    def take_params(self, params: Params) -> None:
+        """Weights like those that were dropped."""
+        self._runner.params = params
+        self._state = self._runner.make_state()
 
     # --- requests ---
 

@@ -8,6 +8,7 @@ Differs from the original, which shows nothing during training: one loads a chec
 from __future__ import annotations
 
 import base64
+import gc
 import html
 import io
 import json
@@ -70,6 +71,8 @@ class Captions:
                 "No room on the device for a second copy of the weights: no captions from here on. held_out.captions=0 "
                 "leaves them out from the start."
             )
+        if self._off:
+            gc.collect()  # the error held the half of the copy that there was room for
             return
         # What an earlier process did behind its last checkpoint is done again, perhaps at other steps.
         rows = [row for row in read_captions(self._workdir) if row["step"] in metrics.looks]

@@ -142,6 +142,7 @@ def train(
                 preset.model,
                 batch_size=config.data.batch_size,
                 vision=not config.cache_features,
+                devices=mesh.size,
             )
             watch = Watch(account, speed, held_out)
             account.begin("step")

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.estimate import pick_mesh
-from minigpt4_jax.hardware import Slice, slice_of
+from minigpt4_jax.hardware import RATES_OF, Slice, slice_of, unlisted_slice
 from minigpt4_jax.sharding import AXES, ROWS, make_mesh, rows_sharding
 from minigpt4_jax.train_config import TrainConfig
 
@@ -60,10 +60,11 @@ def choose_mesh(
     if 0 < used < count and len({device.process_index for device in devices}) == 1:
         devices = devices[:used]
     length, targets = _longest(config, model)
+    target = _target(devices)
     try:
         picked = pick_mesh(
             model,
-            target=_target(devices),
+            target=target,
             chips=len(devices),
             asked=asked,
             batch_size=config.data.batch_size,
@@ -81,6 +82,10 @@ def choose_mesh(
             "devices, or give mesh.data, mesh.fsdp and mesh.tensor to try it all the same."
         )
     reason = picked.reason
+    if target is not None and not target.device.device_kinds:
+        reason += (
+            f" The rates of {target.device.name} are not known: those of {RATES_OF} were taken."
+        )
     if len(devices) < count:
         reason += f" It uses {len(devices)} of the {count} devices."
     return Choice(make_mesh(**picked.sizes, devices=devices), reason)
@@ -93,16 +98,19 @@ def _longest(config: TrainConfig, model: ModelConfig) -> tuple[int, int]:
 
 
 def _target(devices: Sequence[jax.Device]) -> Slice | None:
-    """What the devices are, with the memory that they report; None for what is not in the table."""
-    target = slice_of(devices[0].device_kind, len(devices))
-    if target is None:
+    """What the devices are, with the memory that they report; None for CPUs, and where nobody says how much it is."""
+    kind, chips = devices[0].device_kind, len(devices)
+    target = slice_of(kind, chips)
+    if target is None and devices[0].platform == "cpu":
         return None
     own = [device for device in devices if device.process_index == jax.process_index()]
     reported = min((int((d.memory_stats() or {}).get("bytes_limit", 0)) for d in own), default=0)
     limit = int(agree(np.int32(reported >> 20))) << 20  # in MiB: JAX has no int64
     if not limit:
         return target
-    device = dataclasses.replace(target.device, hbm_bytes=limit)
+    if target is None:
+        return unlisted_slice(kind, chips, hbm_bytes=limit)
+    device = dataclasses.replace(target.device, hbm_bytes=limit, memory_share=1.0)
     return dataclasses.replace(target, device=device)
 
 

@@ -18,12 +18,13 @@ from minigpt4_jax.hardware import find_device
 from minigpt4_jax.training.metrics import Speed
 
 
-def make_speed(model: ModelConfig, *, batch_size: int, vision: bool) -> Speed:
+def make_speed(model: ModelConfig, *, batch_size: int, vision: bool, devices: int) -> Speed:
     """What a step of (length, targets, seconds) says of this process's kind of device.
 
     Args:
         batch_size: rows over all processes.
         vision: the image tower runs in the step (no feature cache).
+        devices: of the mesh, which may be fewer than there are.
 
     Returns:
         A function to `tflops_per_device` (1e12 operations a second) and, where the table of `hardware.py` has the
@@ -31,7 +32,6 @@ def make_speed(model: ModelConfig, *, batch_size: int, vision: bool) -> Speed:
     """
     device = find_device(jax.devices()[0].device_kind)
     peak = None if device is None else device.flops_per_s
-    count = jax.device_count()
 
     @functools.cache
     def flops(length: int, targets: int) -> float:
@@ -45,7 +45,7 @@ def make_speed(model: ModelConfig, *, batch_size: int, vision: bool) -> Speed:
         ).model
 
     def speed(length: int, targets: int, step_s: float) -> dict[str, float]:
-        per_device = flops(length, targets) / step_s / count
+        per_device = flops(length, targets) / step_s / devices
         found = {"tflops_per_device": round(per_device / 1e12, 6)}
         if peak is not None:
             found["utilisation"] = round(per_device / peak, 4)

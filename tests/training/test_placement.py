@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.hardware import Slice, parse_tpu
+from minigpt4_jax.estimate import USABLE
+from minigpt4_jax.hardware import GIB, Slice, parse_tpu
 from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.sharding import make_mesh
 from minigpt4_jax.train_config import DataConfig, MeshConfig, TrainConfig
@@ -75,6 +78,32 @@ def small(target: Slice, num_bytes: int) -> Slice:
     return dataclasses.replace(
         target, device=dataclasses.replace(target.device, hbm_bytes=num_bytes)
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reported", "whole"),
+    [
+        ("NVIDIA H100 NVL", "h100-nvl", 16 * 2**30, True),
+        ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB", 16 * 2**30, True),
+        ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB", 700_000_000, False),
+    ],
+)
+def test_the_memory_that_a_gpu_reports_is_the_limit_whether_or_not_the_table_has_it(
+    kind: str, name: str, reported: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Mock(spec=jax.devices()[0], device_kind=kind, platform="gpu", process_index=0)
+    gpu.memory_stats.return_value = {"bytes_limit": reported}
+
+    def on_cpus(devices: Any, **sizes: int) -> Mesh:
+        return make_mesh(**sizes, devices=jax.devices())
+
+    monkeypatch.setattr(placement, "make_mesh", on_cpus)
+    smol = PRESETS["smol"].model  # 540 MB of weights in float32
+    mesh, reason = choose_mesh(run(batch_size=8), smol, dtype=jnp.float32, devices=[gpu] * 8)
+    assert (mesh.shape["data"] == 8) == whole
+    limit = USABLE * (reported >> 20 << 20) / GIB
+    assert f"of {limit:.1f} GiB on each of 8 {name}" in reason
+    assert ("The rates of NVIDIA GH200 480GB are not known" in reason) == (name == kind)
 
 
 @pytest.mark.parametrize(

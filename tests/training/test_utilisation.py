@@ -17,8 +17,7 @@ def test_utilisation_is_flops_over_seconds_over_the_peaks_of_all_devices(
 ) -> None:
     """Stage 1 of 7B on four H200: 989 TFLOP/s each."""
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")] * 4)
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    speed = make_speed(PRESETS["vicuna-7b"].model, batch_size=256, vision=False)
+    speed = make_speed(PRESETS["vicuna-7b"].model, batch_size=256, vision=False, devices=4)
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     attention = (
         2 * 32 * 65 * 4096 * 1.5
@@ -33,14 +32,25 @@ def test_utilisation_is_flops_over_seconds_over_the_peaks_of_all_devices(
 
 
 def test_a_device_without_a_known_peak_has_no_utilisation(tiny_config: ModelConfig) -> None:
-    said = make_speed(tiny_config, batch_size=4, vision=False)(32, 8, 1.0)
+    said = make_speed(tiny_config, batch_size=4, vision=False, devices=1)(32, 8, 1.0)
     assert set(said) == {"tflops_per_device"}
     assert said["tflops_per_device"] > 0
 
 
+def test_devices_that_the_mesh_leaves_out_count_nothing(tiny_config: ModelConfig) -> None:
+    assert jax.device_count() > 2
+    two, one = (
+        make_speed(tiny_config, batch_size=400, vision=False, devices=n)(32, 8, 0.001)
+        for n in (2, 1)
+    )
+    assert one["tflops_per_device"] == pytest.approx(2 * two["tflops_per_device"], rel=1e-2)
+
+
 def test_the_image_tower_counts_where_it_runs(tiny_config: ModelConfig) -> None:
     cached, whole = (
-        make_speed(tiny_config, batch_size=400, vision=v)(32, 8, 0.001)["tflops_per_device"]
+        make_speed(tiny_config, batch_size=400, vision=v, devices=1)(32, 8, 0.001)[
+            "tflops_per_device"
+        ]
         for v in (False, True)
     )
     assert whole > cached * 1.1

@@ -170,5 +170,5 @@ def test_the_gpu_side_imports_nothing_but_models_and_generation() -> None:
     assert done.returncode == 0, done.stderr
     rooms = {name.split(".")[1] for name in eval(done.stdout)}
     assert rooms <= {
-        "config", "dims", "presets", "sharding", "models", "generation", "gpu_memory",
+        "config", "dims", "presets", "sharding", "models", "generation", "gpu_memory", "hardware",
     }  # fmt: skip

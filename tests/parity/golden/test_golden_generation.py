@@ -63,9 +63,7 @@ def generate(
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     params = convert_layout(params, DISK, DECODE, llama=config.llama)
     prefix = read(params, token_ids, images, lengths)
-    caches = jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, 0), (0, 0), (0, max_new_tokens), (0, 0)]), prefix.caches
-    )
+    caches = tuple(cache.resize(cache.capacity + max_new_tokens) for cache in prefix.caches)
     tokens, scores, logits = [], [], prefix.logits
     for step in range(max_new_tokens):
         scores.append(penalize_repetition(logits, jnp.asarray(written), penalty=penalty))

@@ -130,8 +130,8 @@ def prepare_features(
 ) -> Encoded:
     """Features of every picture of every source, numbered through in the order of `parts`."""
     places = [(part, row) for part in parts for row in range(part.source.num_images)]
-    # float32 products are of less precision on accelerators than on a CPU. (jax's types do not name its settings.)
-    precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+    # float32 products are of less precision on accelerators than on a CPU.
+    precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  (jax's types do not name its settings)
     described = (
         f"square bicubic {pictures.size} {pictures.mean} {pictures.std}; float32 on {jax.default_backend()}, precision "
         f"{precision}, kept as float16"

@@ -187,3 +187,17 @@ def test_a_picture_that_cannot_be_decoded_is_noted_and_stays_noted(
             np.delete(encoded.features, [2, 7], axis=0), np.delete(good.features, [2, 7], axis=0)
         )
         assert not encoded.features[[2, 7]].any()
+
+
+def test_features_of_another_precision_are_not_used(run: Any, tmp_path: Path) -> None:
+    cache, short = tmp_path / "f", ("optimizer.max_steps=1", "optimizer.warmup_steps=0")
+    run(tmp_path / "a", f"feature_cache={cache}", *short)
+    run(tmp_path / "b", f"feature_cache={cache}", *short)
+    assert len(list(cache.glob("*.npy"))) == 1
+    before = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  (jax's types do not name its settings)
+    jax.config.update("jax_default_matmul_precision", "high")
+    try:
+        run(tmp_path / "c", f"feature_cache={cache}", *short)
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    assert len(list(cache.glob("*.npy"))) == 2

@@ -45,6 +45,8 @@ then, and nothing else can be saved: so it is shorter than the grace after SIGTE
 minutes; a checkpoint is a few tens of MB."""
 LAST_SAVE_S = 10.0
 """That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
+LEFTOVERS_S = 5.0
+"""That removing what a failed save left may take; whatever refuses longer is tried again before the next save."""
 _T = TypeVar("_T")
 
 
@@ -139,6 +141,8 @@ class TrainCheckpoints:
             meta: JSON-serialisable facts that a resumed run compares, such as its config.
         """
         self.wait_until_finished()  # one at a time: `_saving` is the one
+        if jax.process_index() == 0 and any(self._folder.glob("*.orbax-checkpoint-tmp*")):
+            self._remove_leftovers()
         self._require_room(state)
         self._saving = step
         with writable(self._folder):
@@ -295,9 +299,23 @@ class TrainCheckpoints:
         with contextlib.suppress(ValueError, OSError):  # what failed, once more
             self._manager.close()
         if jax.process_index() == 0:
-            for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)  # the next manager removes the rest
+            self._remove_leftovers()
         self._manager = self._make_manager()  # reads the folder anew
+
+    def _remove_leftovers(self) -> None:
+        """Removes what failed saves left. For when no save is on its way.
+
+        Orbax reports the first file that failed while others of the same save are still being written, which fills a
+        folder again that is being removed. So it is looked at until it was gone twice in a row; what comes later still
+        goes before the next save.
+        """
+        gone, end_s = 0, time.monotonic() + LEFTOVERS_S
+        while gone < 2 and time.monotonic() < end_s:
+            left = list(self._folder.glob("*.orbax-checkpoint-tmp*"))
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            gone = 0 if left else gone + 1
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Waits for the saves and frees the background threads."""

@@ -66,7 +66,7 @@ class MiniGPT4:
         self.context = context
         self.fingerprint = fingerprint
         """Of weights and dtypes: what equals it gives the same answers."""
-        self._engine = Engine(
+        self.engine = Engine(
             params,
             preset.model,
             dtype=dtype,
@@ -75,16 +75,18 @@ class MiniGPT4:
             context=context,
             num_slots=num_slots,
         )
+        """What writes answers. For who drives it themselves, as the server does; never from two threads at once."""
         self.image_cache = ImageCache(MAX_BYTES)
         """Embeddings of the pictures that were shown last; counts its hits and misses."""
-        self._encoder = ImageEncoder(
-            self._engine.encode_images,
+        self.encoder = ImageEncoder(
+            self.engine.encode_images,
             self.image_cache,
             model=fingerprint,
             size=preset.model.vit.image_size,
             mean=preset.image_mean,
             std=preset.image_std,
         )
+        """From pictures to embeddings. Its `prepare` may be called from any thread, `embed` only from the engine's."""
 
     @classmethod
     def load(
@@ -141,9 +143,9 @@ class MiniGPT4:
     def start_chat(self, generation: GenerationConfig | None = None) -> Chat:
         """A new conversation; any number may exist side by side. `generation` None is the preset's own."""
         return Chat(
-            self._engine,
-            self._encoder,
-            conversation=self._conversation(),
+            self.engine,
+            self.encoder,
+            conversation=self.start_conversation(),
             generation=generation or self.preset.generation,
         )
 
@@ -244,9 +246,9 @@ class MiniGPT4:
         iterator takes back what is being written. Seeds, `n` and `logprobs` as in `generate`.
         """
         run: AnswerRun[KeyT] = AnswerRun(
-            self._engine,
-            self._encoder,
-            self._conversation,
+            self.engine,
+            self.encoder,
+            self.start_conversation,
             generation=generation or self.preset.generation,
             n=n,
             logprobs=logprobs,
@@ -262,7 +264,7 @@ class MiniGPT4:
         """
         config = self.preset.model
         found = np.zeros((len(pictures), config.num_image_tokens, config.llama.width), np.float32)
-        for place, embeds in enumerate(self._encoder.embed(pictures)):
+        for place, embeds in enumerate(self.encoder.embed(pictures)):
             found[place] = np.asarray(embeds, np.float32)
         return found
 
@@ -287,11 +289,11 @@ class MiniGPT4:
         Raises:
             UserError: no candidate, an empty one, another `normalise`, or a prompt that does not fit the context.
         """
-        chat = self._conversation()
-        for embeds in self._encoder.embed(_pictures(images)):
+        chat = self.start_conversation()
+        for embeds in self.encoder.embed(_pictures(images)):
             chat.add_image(embeds)
         return rank(
-            self._engine,
+            self.engine,
             chat,
             prompt=prompt,
             candidates=candidates,
@@ -299,12 +301,14 @@ class MiniGPT4:
             normalise=normalise,
         )
 
-    def _conversation(self) -> Conversation[Any]:
+    def start_conversation(self, *, system: str | None = None) -> Conversation[Any]:
+        """The text side of a new dialogue, for who drives the engine; `system` None is the template's own."""
         return Conversation(
             get_template(self.preset.template),
             self.tokenizer,
             num_image_tokens=self.preset.model.num_image_tokens,
             context=self.context,
+            system=system,
         )
 
 

@@ -56,6 +56,7 @@ def make_request(
     seed: int,
     max_new_tokens: int,
     logprobs: bool = False,
+    logit_bias: Sequence[tuple[int, float]] = (),
 ) -> Request:
     """What the engine is asked for the answer to a conversation's last question.
 
@@ -63,6 +64,7 @@ def make_request(
         prompt: what `conversation.ask` returned.
         embeds: one embedding per picture of the conversation.
         max_new_tokens: at most as many as `conversation.room`.
+        logit_bias: (token, what is added to its logit).
     """
     return Request(
         prompt=tuple(prompt),
@@ -78,6 +80,7 @@ def make_request(
             repetition_penalty=generation.repetition_penalty,
             presence_penalty=generation.presence_penalty,
             frequency_penalty=generation.frequency_penalty,
+            logit_bias=tuple(logit_bias),
             seed=seed,
         ),
         written=conversation.written_ids,

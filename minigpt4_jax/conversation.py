@@ -201,10 +201,12 @@ class Conversation(Generic[PictureT]):
             return [cleaned] if cleaned else []
         return [Generated(tuple(kept), cleaned)] if kept else []
 
-    def answer_stream(self) -> AnswerStream:
-        """A new `AnswerStream` for the answer to come."""
+    def answer_stream(self, *, stop_strings: Sequence[str] = ()) -> AnswerStream:
+        """A new `AnswerStream` for the answer to come; `stop_strings` end it beside the template's own."""
         return AnswerStream(
-            self._tokenizer.stream_decoder(), self.stop_ids, self.template.stop_strings
+            self._tokenizer.stream_decoder(),
+            self.stop_ids,
+            (*self.template.stop_strings, *stop_strings),
         )
 
     def text(self) -> str:

@@ -53,4 +53,4 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture
 def engine(model: MiniGPT4, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    return Recorder(model._engine, monkeypatch)
+    return Recorder(model.engine, monkeypatch)

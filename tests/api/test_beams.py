@@ -61,7 +61,7 @@ def test_the_best_answer_of_a_search_is_given_and_settings_reach_it(
         found = [([*tokenizer.encode(" A cat."), end], -0.1), (tokenizer.encode("A dog"), -0.2)]
         return [[Hypothesis(*one) for one in found] for _ in requests]
 
-    monkeypatch.setattr(model._engine, "beam_search", note)
+    monkeypatch.setattr(model.engine, "beam_search", note)
     settings = dataclasses.replace(BEAMS, length_penalty=0.5)
     chat = model.start_chat(settings)
     if batch:
@@ -104,5 +104,5 @@ def test_a_vicuna_answer_ends_at_its_stop_string_though_no_stop_token_comes(
     assert tokenizer.decode(list(rest)) == "Human: And a ###dog? Assistant: Yes."
     # Beams go on to their last token; what follows the stop is cut off.
     found = [[Hypothesis(ids, -1.0)]]
-    monkeypatch.setattr(model._engine, "beam_search", lambda *a, **k: found)
+    monkeypatch.setattr(model.engine, "beam_search", lambda *a, **k: found)
     assert model.generate(pictures[:1], ["What?"], generation=BEAMS) == ["A cat."]

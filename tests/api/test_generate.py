@@ -54,8 +54,8 @@ def test_a_picture_that_was_shown_is_not_encoded_again(
         config = model.preset.model
         return [np.zeros((config.num_image_tokens, config.llama.width), np.float32) for _ in images]
 
-    monkeypatch.setattr(model._encoder, "cache", ImageCache(2**20))
-    monkeypatch.setattr(model._encoder, "_encode", encode)
+    monkeypatch.setattr(model.encoder, "cache", ImageCache(2**20))
+    monkeypatch.setattr(model.encoder, "_encode", encode)
     model.generate([pictures[:2], pictures[1]], ["x", "x"], generation=SHORT)
     start(model, pictures[0], pictures[1]).ask("x")
     list(model.stream(pictures[0], "x", generation=SHORT))
@@ -197,13 +197,13 @@ def test_only_the_published_templates_have_a_bos_that_counts_as_written(
     model: MiniGPT4, pictures: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Any] = []
-    submit = model._engine.submit
+    submit = model.engine.submit
 
     def note(request: Request, *, count: int = 1) -> list[Generation]:
         written.append(request.written)
         return submit(dataclasses.replace(request, max_new_tokens=1), count=count)
 
-    monkeypatch.setattr(model._engine, "submit", note)
+    monkeypatch.setattr(model.engine, "submit", note)
     monkeypatch.setattr(model, "context", 1000)
     for template in ("chatml", "llama2"):
         monkeypatch.setattr(model, "preset", dataclasses.replace(model.preset, template=template))
@@ -247,7 +247,7 @@ def test_int8_weights_and_cache_answer_and_are_another_model(
     monkeypatch.setattr(loading, "load_decode_params", loader)
     settings: dict[str, Any] = {"projection": projection_file, "context": CONTEXT, "num_slots": 2}
     small = MiniGPT4.load("tiny", weights="int8", cache="int8", **settings)
-    kept = {leaf.dtype.name for leaf in jax.tree.leaves(small._engine._state)}
+    kept = {leaf.dtype.name for leaf in jax.tree.leaves(small.engine._state)}
     assert "int8" in kept
     again = MiniGPT4.load("tiny", weights="int8", cache="int8", **settings)
     assert small.fingerprint == again.fingerprint != model.fingerprint

@@ -21,7 +21,7 @@ class Judge:
     def __init__(self, model: MiniGPT4, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Candidates] = []
         self.per_token = [-1.0, -0.5, -2.0]
-        monkeypatch.setattr(model._engine, "score", self.score)
+        monkeypatch.setattr(model.engine, "score", self.score)
 
     def score(self, questions: Sequence[Candidates]) -> list[list[AnswerScore]]:
         self.asked += questions

@@ -180,6 +180,15 @@ def test_an_answer_that_cannot_be_read_fails_alone(
     assert bench.engine.free_slots == 4
 
 
+def test_an_answer_that_somebody_else_took_back_fails(bench: Bench) -> None:
+    _, heard = bench.submit("a", generation=LONG)
+    bench.turns(1)
+    (generation,) = [one for one in bench.engine._slots if one is not None]
+    bench.engine.cancel(generation)
+    bench.turns(1)
+    assert heard.status == 500
+
+
 # --- what is told ---
 
 
@@ -190,7 +199,6 @@ def test_an_answer_whose_stop_string_came_is_complete_though_the_engine_failed_t
     _, heard = bench.submit("a", generation=LONG, stop_strings=("cd",))
     bench.turns(3)
     generations = [one for one in bench.engine._slots if one is not None]
-    spoil(bench)
     step = bench.engine.step
 
     def step_and_fail() -> Any:

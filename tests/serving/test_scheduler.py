@@ -275,6 +275,8 @@ def test_repeated_faults_break_the_server_once_and_fail_everybody() -> None:
     assert not any(one.mistakes for one in heard)
     assert len(bench.notes.records) == 9
     assert refusal(bench).status == 503
+    bench.scheduler._stalled(61.0)
+    assert len(bench.fatal) == 1
     bench.scheduler.close()
     assert len(bench.notes.records) == 9
 

@@ -37,6 +37,7 @@ def chat_schema(config: ServeConfig) -> Schema:
     properties["model"] = {**properties["model"], "const": config.name}
     _bound(properties["n"], config.limits.max_n)
     _bound(properties["num_beams"], config.limits.max_beams)
+    properties["logit_bias"]["anyOf"][0]["additionalProperties"] = False
     schema["allOf"] = [
         _only_with({"stream_options": _UNSET}, {"stream": {"const": True}}),
         _only_with({"top_logprobs": _UNSET}, {"logprobs": {"const": True}}),
@@ -65,8 +66,10 @@ def _searched() -> Schema:
             num_beams={"type": "integer", "minimum": 2},
             n={"enum": [1, 2, None]},
             logit_bias=_UNSET,
-            **dict.fromkeys(("stream", "logprobs", "ignore_eos"), _OFF),
-            **dict.fromkeys(off, {"enum": [0, None]}),
+            stream=_OFF,
+            logprobs=_OFF,
+            ignore_eos=_OFF,
+            **{name: {"enum": [0, None]} for name in off},
         ),
     }
 

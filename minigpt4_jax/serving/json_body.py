@@ -1,7 +1,7 @@
 """From the bytes of a request to a checked model, or to a refusal that names the field.
 
 For: JSON that nobody vouches for, and the words of every refusal about it. Not for: which fields there are
-(`protocol.py`).
+(`fields.py`).
 
 The parser is pydantic's (jiter): it refuses invalid UTF-8, lone surrogates, NaN, numbers of thousands of digits and
 nesting deeper than 200. Three things are added: a bound on the number of values before anything is parsed (a body of

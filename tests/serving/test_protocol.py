@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.serve_config import LimitsConfig, PicturesConfig, ServeConfig
 from minigpt4_jax.serving.errors import ApiError
-from minigpt4_jax.serving.protocol import (
-    UNSUPPORTED,
-    ChatRequest,
-    parse_chat,
-    parse_detokenize,
-    parse_tokenize,
-)
+from minigpt4_jax.serving.fields import UNSUPPORTED, ChatRequest
+from minigpt4_jax.serving.protocol import parse_chat, parse_detokenize, parse_tokenize
 
 CONFIG = ServeConfig()
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -280,6 +280,7 @@ def test_a_picture_is_never_repeated_in_a_refusal() -> None:
             b'{"model": "smol", "messages": [{"role": "user", "role": "system", "content": ""}]}',
             "'role' stands twice",
         ),
+        (json.dumps({str(i): 1 for i in range(4097)}).encode(), "4097 keys; expected at most 4096"),
         (b'{"a": [' + b"{}," * 400_000 + b"{}]}", "commas and brackets"),
     ],
 )
@@ -290,7 +291,9 @@ def test_what_is_no_json_object_is_a_400(raw: bytes, said: str) -> None:
 
 
 def test_an_overflowing_number_is_a_400() -> None:
-    assert refused(b'{"model": "smol", "messages": [], "temperature": 1e999}').status == 400
+    error = refused(body(temperature=1).replace(b": 1}", b": 1e999}"))
+    assert error.param == "temperature"
+    assert "is inf; expected a finite number" in error.message
 
 
 ANY_JSON = st.recursive(

@@ -26,7 +26,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MOST_SHOWN = 60
 """Characters of a value that a refusal repeats; a longer text is only counted."""
-MISSING = "missing_parameter"
+MISSING, WRONG_TYPE, WRONG_VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
+"""OpenAI's codes."""
 OWN_KINDS = ("content", "stop")
 """Error types of the models' own making, whose message says what was expected."""
 MOST_KEYS = 4096
@@ -189,18 +190,22 @@ def _refusal(error: Mapping[str, Any], plain: dict[str, Any], known: Collection[
         )
     if kind.startswith("union_tag"):
         if not isinstance(value, dict):
-            return invalid(f"{param} is {show(value)}; expected an object.", param=param)
+            return invalid(
+                f"{param} is {show(value)}; expected an object.", param=param, code=WRONG_TYPE
+            )
         tag = context["discriminator"].strip("'")
         param, value = f"{param}.{tag}", value.get(tag)
     if kind in ("missing", "union_tag_not_found"):
         return invalid(f"{param} is missing; it is required.", param=param, code=MISSING)
     if kind == "value_error":
-        return invalid(f"{param} is {show(value)}; expected {context['error']}.", param=param)
-    if kind in OWN_KINDS:
-        return invalid(f"{param} is {show(value)}; expected {error['msg']}.", param=param)
-    expected = _EXPECTED.get(kind, "another value").format_map(context)
+        expected = str(context["error"])
+    elif kind in OWN_KINDS:
+        expected = error["msg"]
+    else:
+        expected = _EXPECTED.get(kind, "another value").format_map(context)
     expected = "false" if expected == "False" else expected
-    return invalid(f"{param} is {show(value)}; expected {expected}.", param=param)
+    code = WRONG_TYPE if kind.endswith("_type") or kind in OWN_KINDS else WRONG_VALUE
+    return invalid(f"{param} is {show(value)}; expected {expected}.", param=param, code=code)
 
 
 def _path(loc: Sequence[str | int], plain: Any) -> str:

@@ -210,6 +210,20 @@ def test_an_unsupported_field_is_refused_unless_it_says_off(name: str) -> None:
         assert parse(**{name: harmless}) == parse()
 
 
+def test_refusals_have_openais_codes() -> None:
+    for fields, code in (
+        ({"messages": [{"role": "user"}]}, "missing_required_parameter"),
+        ({"messages": [{"content": ""}]}, "missing_required_parameter"),
+        ({"messages": [1]}, "invalid_type"),
+        ({"seed": "1"}, "invalid_type"),
+        ({"stop": 1}, "invalid_type"),
+        ({"seed": -1}, "invalid_value"),
+        ({"temperature": 0.001}, "invalid_value"),
+        ({"messages": [{"role": "tool"}]}, "invalid_value"),
+    ):
+        assert refused(**fields).code == code
+
+
 def test_true_is_not_taken_for_one() -> None:
     assert refused(best_of=True).param == "best_of"
     assert refused(store=0).param == "store"

@@ -126,6 +126,13 @@ def test_an_unknown_format_in_the_configuration_is_refused_at_once() -> None:
         PictureReader(encoder().prepare, PicturesConfig(formats=("FITS",)), decoded=lambda _: None)
 
 
+def test_plain_http_from_no_host_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="expected hosts to fetch from"):
+        PictureReader(
+            encoder().prepare, PicturesConfig(fetch_plain_http=True), decoded=lambda _: None
+        )
+
+
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def prepare(_: Any) -> PreparedImage:
         raise RuntimeError("0x7f0000 at /root/secret")

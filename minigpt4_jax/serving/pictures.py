@@ -89,8 +89,8 @@ class PictureReader:
             )
         if config.fetch_plain_http and not config.fetch_hosts:
             raise UserError(
-                "pictures.fetch_plain_http is set and pictures.fetch_hosts is empty: expected hosts to fetch from. Name "
-                "some, or leave both out."
+                "pictures.fetch_plain_http is set and pictures.fetch_hosts is empty: expected hosts to fetch from. "
+                "Name some, or leave both out."
             )
         self._prepare, self._config, self._decoded = prepare, config, decoded
         self._limits = PictureLimits(

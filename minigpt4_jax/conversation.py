@@ -61,7 +61,8 @@ class Conversation(Generic[PictureT]):
     """Turns and pictures of one dialogue.
 
     `PictureT` is whatever the caller keeps for a picture (a PIL picture, its embeddings): it is only kept, in order.
-    The order of use: `add_image` (any number), `ask`, then `add_answer` with what was generated.
+    The order of use: `add_image` (any number), `ask`, then `add_answer` with what was generated. A history from
+    elsewhere comes first, through `recall`.
     """
 
     def __init__(
@@ -132,19 +133,41 @@ class Conversation(Generic[PictureT]):
         self._pictures.append(picture)
         self._unasked += 1
 
-    def ask(self, question: str | None, *, room: int = 1) -> list[int]:
+    def ask(
+        self, question: str | None, *, room: int = 1, pictures: Sequence[PictureT] = ()
+    ) -> list[int]:
         """Adds a question and returns the ids of the whole prompt, with `IMAGE_TOKEN_ID` for each image token.
 
         Args:
           question: typed text, taken literally: no marker in it has a meaning. None asks with the pictures alone.
           room: tokens that must be left for the answer.
+          pictures: shown with the question, after those of `add_image`.
 
         Raises `ContextFull`, and adds nothing, when prompt and `room` together are more than the context.
         """
-        turns = [*self._turns, *self._user_turns(question, self._unasked)]
-        ids = self._encode(turns, room=room, num_pictures=len(self._pictures), adding="question")
+        turns = [*self._turns, *self._user_turns(question, self._unasked + len(pictures))]
+        num_pictures = len(self._pictures) + len(pictures)
+        ids = self._encode(turns, room=room, num_pictures=num_pictures, adding="question")
+        self._pictures.extend(pictures)
         self._turns, self._unasked, self._prompt_tokens = turns, 0, len(ids)
         return ids
+
+    def recall(
+        self,
+        role: Literal["user", "assistant"],
+        text: str | None,
+        *,
+        pictures: Sequence[PictureT] = (),
+    ) -> None:
+        """Adds a message of a dialogue that was held elsewhere, word for word; pictures only with the user's.
+
+        Looks at no room, so that a long history is encoded once: by the `ask` that comes after it.
+        """
+        if role == "user":
+            self._turns += self._user_turns(text, len(pictures))
+            self._pictures.extend(pictures)
+        else:
+            self._turns.append(Turn("assistant", (text,) if text else ()))
 
     def _encode(
         self,

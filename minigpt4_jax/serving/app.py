@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +46,8 @@ from minigpt4_jax.serving.pictures import PictureReader
 from minigpt4_jax.serving.protocol import parse_detokenize, parse_tokenize
 from minigpt4_jax.serving.scheduler import Scheduler
 
+API_VERSION = "1"
+"""Of the routes, which is the 1 of `/v1`; not of this software."""
 PROBES = ("/health", "/ready")
 BODY_PATHS = ("/v1/chat/completions", "/tokenize", "/detokenize")
 NUM_THREADS = 4
@@ -89,7 +90,7 @@ def make_app(
     )
     app = FastAPI(
         title="minigpt4_jax",
-        version=importlib.metadata.version("minigpt4_jax"),
+        version=API_VERSION,
         docs_url=None,  # the documentation pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -109,7 +110,6 @@ def make_app(
             "/health": told.health,
             "/ready": told.ready,
             "/metrics": told.metrics,
-            "/version": told.version,
         },
         vocab_size=model.tokenizer.vocab_size,
     )
@@ -123,7 +123,7 @@ def _guards(
     """Outermost first."""
     open_paths = (*PROBES, *page)
     limits, access = config.limits, config.access
-    known = {*open_paths, *BODY_PATHS, "/v1/models", "/metrics", "/version", "/openapi.json"}
+    known = {*open_paths, *BODY_PATHS, "/v1/models", "/metrics", "/openapi.json"}
 
     def responded(path: str, status: int) -> None:
         metrics.responded(path if path in known else "other", status)
@@ -182,7 +182,6 @@ class _Told:
     ) -> None:
         self._config, self._model, self._scheduler = config, model, scheduler
         self._metrics, self._pool = metrics, pool
-        self._version = importlib.metadata.version("minigpt4_jax")
         self._card = {
             "id": config.name,
             "object": "model",
@@ -216,9 +215,6 @@ class _Told:
                 code="model_not_found",
             )
         return JSONResponse(self._card)
-
-    async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": self._version})
 
     async def metrics(self, request: Request) -> Response:
         content, kind = await self._in_thread(self._metrics.render)

@@ -118,7 +118,6 @@ def _table() -> list[tuple[str, str, tuple[int, ...], Schema]]:
         ("/detokenize", "Token ids to text", WITH_BODY, as_json(DETOKENIZED_SCHEMA)),
         ("/health", "Whether the process is alive", (500,), plain(status={"const": "alive"})),
         ("/ready", "Whether it takes requests", (500, 503), plain(status={"const": "ready"})),
-        ("/version", "Of this software", ANY, plain(version=text)),
         ("/metrics", "Figures for Prometheus", ANY, {"text/plain": {"schema": text}}),
     ]
 

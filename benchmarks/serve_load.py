@@ -121,9 +121,11 @@ class Bare:
     def __init__(self, config: Path, overrides: Sequence[str], *, max_tokens: int) -> None:
         from minigpt4_jax import MiniGPT4
         from minigpt4_jax.api import GenerationConfig
+        from minigpt4_jax.cli_options import set_up_jax
         from minigpt4_jax.config_file import load
         from minigpt4_jax.serve_config import ServeConfig
 
+        set_up_jax()  # what the server has compiled is found on the disk
         served = load(ServeConfig, config, overrides)
         self.model = MiniGPT4.load(
             served.model,
@@ -322,7 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return run(Bench(args.url.rstrip("/"), args, bare=None), results)
     with ServerProcess(args.overrides, config=args.config) as server:
         server.wait_until_ready()
+        wait_until_compiled(server.url, programs=None)
         bare = Bare(args.config, args.overrides, max_tokens=args.max_tokens)
+        # Exactly as many: a pause between two large programs is no end.
         wait_until_compiled(server.url, programs=bare.model.engine.compiled_programs)
         run(Bench(server.url, args, bare=bare), results)
         code = server.stop()

@@ -305,8 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_libraries(serve=not args.url)
     gpu = measuring.gpu_name()
     if gpu:
-        # Two processes have the card's memory at once.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.4")  # of each of the two processes
     else:
         measuring.use_two_threads()
     names = ("httpx2",) if args.url else ("httpx2", "fastapi", "uvicorn")

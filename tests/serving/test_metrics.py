@@ -47,6 +47,7 @@ OWN = {
     "engine_stall_seconds": "gauge",
     "engine_faults": "counter",
     "compile_events": "counter",
+    "slot_leaks": "counter",
     "image_decode_seconds": "histogram",
     "image_cache_hits": "counter",
     "image_cache_misses": "counter",
@@ -77,7 +78,9 @@ RECORD = JobRecord(
 
 
 def make(load: Callable[[], Load] = lambda: LOAD) -> Metrics:
-    return Metrics("smol", load=load, image_cache=ImageCache(1000), compiled=lambda: 7)
+    return Metrics(
+        "smol", load=load, image_cache=ImageCache(1000), compiled=lambda: 7, leaks=lambda: 0
+    )
 
 
 def scrape(metrics: Metrics) -> dict[str, Metric]:
@@ -141,17 +144,21 @@ def test_gauges_are_of_the_moment_of_the_scrape() -> None:
 
 def test_caches_and_the_compiler_are_read_where_there_are_any() -> None:
     cache = ImageCache(1000)
-    metrics = Metrics("smol", load=lambda: LOAD, image_cache=cache, compiled=lambda: 7)
+    metrics = Metrics(
+        "smol", load=lambda: LOAD, image_cache=cache, compiled=lambda: 7, leaks=lambda: 2
+    )
     cache.put("a", "embedding", num_bytes=1)
     assert [cache.get(key) for key in "aab"] == ["embedding", "embedding", None]
     assert value(metrics, "image_cache_hits", "_total") == 2
     assert value(metrics, "image_cache_misses", "_total") == 1
     assert value(metrics, "compile_events", "_total") == 7
+    assert value(metrics, "slot_leaks", "_total") == 2
     without = scrape(Metrics("smol", load=lambda: LOAD))
     assert (VLLM | OWN).keys() - without.keys() == {
         "image_cache_hits",
         "image_cache_misses",
         "compile_events",
+        "slot_leaks",
     }
 
 

@@ -3,18 +3,18 @@
 
 import { listModels } from "./api.js";
 import { ask, isTold, newAnswer, newChat, picturesOf } from "./chat.js";
-import { toCurl, toPython } from "./code.js";
+import { showCode } from "./code.js";
 import { Composer } from "./composer.js";
 import { askForTitle, confirm, openDialog } from "./dialogs.js";
-import { announce, byId, clearNote, copyFrom, note } from "./dom.js";
+import { announce, byId, clearNote, note } from "./dom.js";
 import { startExamples } from "./examples.js";
-import { download, fileName, toJson, toMarkdown } from "./export.js";
+import { offerDownload } from "./export.js";
 import { openHistory } from "./history.js";
 import { askForKey, currentKey } from "./key.js";
 import { requestOf } from "./requests.js";
 import { Runs, waitText } from "./runs.js";
 import { ServerState } from "./server_state.js";
-import { FIELDS, conflictOf, startSettings } from "./settings.js";
+import { FIELDS, startSettings } from "./settings.js";
 import { closeSidebar, showChats, startSidebar } from "./sidebar.js";
 import { startTheme } from "./theme.js";
 import { troubleOf } from "./trouble.js";
@@ -77,22 +77,31 @@ class App {
   /** @param {Turn} turn */
   async run(turn) {
     const { chat } = this;
-    const conflict = conflictOf(this.settings);
-    if (conflict) note(conflict, { label: "Settings", act: () => openDialog("settings") });
     const before = turn.answer.text;
     turn.answer = newAnswer();
     this.remarks.delete(turn.id);
     const done = this.runs.start(chat, turn);
     this.render();
     this.toEnd();
-    if (mouse.matches) this.composer.focus();
-    else byId("log").focus();
+    this.focusAfterSending(turn);
     await done;
     if (before && before === turn.answer.text && !this.settings.temperature) {
       this.remarks.set(turn.id, "The same answer again. A temperature above 0, in the settings, brings others.");
       if (this.chat === chat) this.update(turn);
     }
     if (turn.answer.failure?.status === 401) await this.enterKey(turn);
+  }
+
+  /** @param {Turn} turn whose answer is awaited */
+  focusAfterSending(turn) {
+    // On a touch screen the question's focus would bring the keyboard up, and the pressed button is gone.
+    if (mouse.matches) this.composer.focus();
+    else if (document.activeElement === document.body) this.elementOf(turn)?.focus();
+  }
+
+  /** @param {Turn} turn */
+  elementOf(turn) {
+    return /** @type {HTMLElement | null} */ (document.querySelector(`[data-turn="${turn.id}"]`));
   }
 
   /** @param {Turn} turn */
@@ -136,6 +145,18 @@ class App {
 
   stop() {
     this.runs.of(this.chat)?.controller.abort();
+  }
+
+  /**
+   * @param {File} file
+   * @param {string} text
+   */
+  async askExample(file, text) {
+    const draft = this.composer.question;
+    this.composer.set({ text, pictures: [] });
+    await this.composer.add([file]);
+    this.send();
+    this.composer.set(draft);
   }
 
   // --- editing ---
@@ -199,7 +220,7 @@ class App {
 
   /** @param {Turn} turn */
   update(turn) {
-    const element = document.querySelector(`[data-turn="${turn.id}"]`);
+    const element = this.elementOf(turn);
     if (!element) return;
     const log = byId("log");
     const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
@@ -286,8 +307,7 @@ class App {
     if (!chat) return;
     const text = `“${chat.title}” and its pictures are gone then; nobody else has them.`;
     if (!(await confirm({ title: "Delete this chat?", text, yes: "Delete" }))) return;
-    this.runs.of(chat)?.controller.abort();
-    await this.history.last;
+    await this.runs.end(chat);
     await this.history.store.remove(chat.id);
     if (chat.id === this.chat.id) this.show(newChat());
     else await this.list();
@@ -297,8 +317,7 @@ class App {
   async removeAll() {
     const text = "All chats of this browser and their pictures are gone then; nobody else has them.";
     if (!(await confirm({ title: "Delete all chats?", text, yes: "Delete all" }))) return;
-    for (const { controller } of this.runs.running) controller.abort();
-    await this.history.last;
+    await this.runs.end();
     await this.history.store.clear();
     this.show(newChat());
     announce("All chats deleted");
@@ -329,8 +348,8 @@ class App {
       "open-key": async () => (await askForKey("Servers that others can reach ask for one. It goes to this server only.")) && this.server.watch(),
       "open-settings": () => openDialog("settings"),
       "changed-settings": () => openDialog("settings"),
-      "open-export": () => this.export(),
-      "open-code": () => this.showCode(),
+      "open-export": () => offerDownload(this.chat, this.server.name),
+      "open-code": () => showCode(this.asked),
       "cancel-edit": () => this.stopEditing(),
       "to-end": () => this.toEnd(),
       stop: () => this.stop(),
@@ -339,11 +358,7 @@ class App {
     addEventListener("keydown", (event) => this.key(event));
     byId("log").addEventListener("scroll", () => this.showToEnd(), { passive: true });
     this.history.store.onChange((id) => this.changedElsewhere(id));
-    startExamples(async (file, question) => {
-      await this.composer.add([file]);
-      this.composer.set({ ...this.composer.question, text: question });
-      this.send();
-    });
+    startExamples((file, question) => this.askExample(file, question));
     startSettings((settings) => this.settingsChanged(settings));
     startTheme();
     startSidebar();
@@ -369,31 +384,6 @@ class App {
     const chip = byId("changed-settings");
     chip.hidden = changed.length === 0;
     chip.textContent = changed.map(({ name, label }) => `${label} ${settings[name]}`).join(" · ");
-  }
-
-  async export() {
-    const kind = await openDialog("export");
-    const model = this.server.name;
-    if (kind === "markdown") {
-      const file = { name: fileName(this.chat.title, "md"), type: "text/markdown" };
-      download(await toMarkdown(this.chat, model), file);
-    }
-    if (kind === "json") {
-      const file = { name: fileName(this.chat.title, "json"), type: "application/json" };
-      download(await toJson(this.chat, model), file);
-    }
-  }
-
-  showCode() {
-    const base = new URL("v1", location.href).href;
-    const show = () => {
-      const language = document.querySelector("input[name=language]:checked").value;
-      byId("code-text").textContent = (language === "curl" ? toCurl : toPython)(this.asked, base);
-    };
-    for (const radio of document.querySelectorAll("input[name=language]")) radio.onchange = show;
-    byId("code-copy").onclick = () => copyFrom(byId("code-copy"), byId("code-text").textContent);
-    show();
-    openDialog("code");
   }
 }
 

@@ -1,6 +1,9 @@
 // For: a request as a command or a program that sends it again. Pictures are cut short for curl, and read from their
 // files for Python; the key is never shown. Not for: sending.
 
+import { openDialog } from "./dialogs.js";
+import { byId, copyFrom } from "./dom.js";
+
 const SHOWN_CHARS = 48;
 
 /** What OpenAI's client does not know goes through its `extra_body`. */
@@ -10,11 +13,24 @@ const OWN_FIELDS = ["top_k", "repetition_penalty", "num_beams"];
  * @typedef {{body: any, names: string[]}} Asked a request and the names of its pictures, in order
  */
 
+/** @param {Asked} asked */
+export function showCode(asked) {
+  const base = new URL("v1", location.href).href;
+  const show = () => {
+    const language = document.querySelector("input[name=language]:checked").value;
+    byId("code-text").textContent = (language === "curl" ? toCurl : toPython)(asked, base);
+  };
+  for (const radio of document.querySelectorAll("input[name=language]")) radio.onchange = show;
+  byId("code-copy").onclick = () => copyFrom(byId("code-copy"), byId("code-text").textContent);
+  show();
+  openDialog("code");
+}
+
 /**
  * @param {Asked} asked
  * @param {string} base such as http://127.0.0.1:8000/v1
  */
-export function toCurl({ body }, base) {
+function toCurl({ body }, base) {
   const short = JSON.stringify(body, (key, value) => (key === "url" ? shorten(value) : value), 2);
   const cut = short.includes("…") ? "# Each … stands for the rest of a picture in base64.\n" : "";
   return [
@@ -34,7 +50,7 @@ function shorten(url) {
  * @param {Asked} asked
  * @param {string} base
  */
-export function toPython({ body, names }, base) {
+function toPython({ body, names }, base) {
   const { model, messages, stream, stream_options: _usage, ...settings } = body;
   const own = Object.entries(settings).filter(([name]) => OWN_FIELDS.includes(name));
   const known = Object.entries(settings).filter(([name]) => !OWN_FIELDS.includes(name));

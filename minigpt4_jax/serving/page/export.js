@@ -1,6 +1,7 @@
 // For: a chat as a file: Markdown for people, JSON (messages in OpenAI's form) for programs, pictures within.
 // Not for: reading such files again.
 
+import { openDialog } from "./dialogs.js";
 import { make } from "./dom.js";
 import { picturesOf } from "./chat.js";
 import { dataUrl, messagesOf } from "./requests.js";
@@ -8,10 +9,25 @@ import { dataUrl, messagesOf } from "./requests.js";
 /** @typedef {import("./chat.js").Chat} Chat */
 
 /**
+ * Asks which form, and hands the file to the browser.
  * @param {Chat} chat
  * @param {string} model
  */
-export async function toJson(chat, model) {
+export async function offerDownload(chat, model) {
+  const kind = await openDialog("export");
+  if (kind === "markdown") {
+    download(await toMarkdown(chat, model), { name: fileName(chat.title, "md"), type: "text/markdown" });
+  }
+  if (kind === "json") {
+    download(await toJson(chat, model), { name: fileName(chat.title, "json"), type: "application/json" });
+  }
+}
+
+/**
+ * @param {Chat} chat
+ * @param {string} model
+ */
+async function toJson(chat, model) {
   const answers = chat.turns.map(({ answer }) => ({
     text: answer.text,
     state: answer.state,
@@ -31,7 +47,7 @@ export async function toJson(chat, model) {
  * @param {Chat} chat
  * @param {string} model
  */
-export async function toMarkdown(chat, model) {
+async function toMarkdown(chat, model) {
   const lines = [`# ${escape(chat.title)}`, "", `${escape(model)}, ${iso(chat.created)}`, ""];
   const sources = [];
   for (const turn of chat.turns) {
@@ -72,7 +88,7 @@ function iso(time) {
  * @param {string} text
  * @param {{name: string, type: string}} file
  */
-export function download(text, { name, type }) {
+function download(text, { name, type }) {
   const address = URL.createObjectURL(new Blob([text], { type }));
   make("a", { href: address, download: name }).click();
   // The browser reads it after this task.
@@ -84,7 +100,7 @@ export function download(text, { name, type }) {
  * @param {string} ending
  * @returns {string} a name that every file system takes
  */
-export function fileName(title, ending) {
+function fileName(title, ending) {
   const plain = title.normalize("NFKD").replace(/[^a-zA-Z0-9]+/g, "-").replace(/^-+|-+$/g, "");
   return `${plain.toLowerCase() || "chat"}.${ending}`;
 }

@@ -12,8 +12,8 @@ import { isTold } from "./chat.js";
  */
 export async function requestOf(model, turns, settings) {
   const body = { model, messages: await messagesOf(turns), ...settings };
-  // Beams give their best answer whole, when all of them are done.
-  if ((settings.num_beams ?? 1) > 1) return body;
+  // Beams give their best answer whole, when all of them are done, and draw nothing, whatever the server's own is.
+  if ((settings.num_beams ?? 1) > 1) return { ...body, temperature: settings.temperature ?? 0 };
   return { ...body, stream: true, stream_options: { include_usage: true } };
 }
 

@@ -1,12 +1,14 @@
 // For: the answers that are being written now, one for each chat at most, shown or not.
 // Not for: how an answer is written (answering.js).
 
-import { ApiFailure } from "./api.js";
 import { fail, write } from "./answering.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
 /** @typedef {import("./chat.js").Turn} Turn */
-/** @typedef {{chat: Chat, turn: Turn, controller: AbortController, phase: string, since: number}} Run */
+/**
+ * @typedef {{chat: Chat, turn: Turn, controller: AbortController, phase: string, since: number,
+ *            done: Promise<void>}} Run
+ */
 
 /** So long after a change of the text the chat is kept, in milliseconds. */
 const KEEP_MS = 2000;
@@ -31,14 +33,34 @@ export class Runs {
   }
 
   /**
-   * Writes a turn's answer and keeps the chat meanwhile.
+   * Stops what is written of a chat, or of all; fulfilled when it is kept.
+   * @param {Chat} [chat]
+   */
+  async end(chat) {
+    const ending = [...this.running].filter((run) => !chat || run.chat === chat);
+    for (const { controller } of ending) controller.abort();
+    await Promise.all(ending.map(({ done }) => done));
+  }
+
+  /**
    * @param {Chat} chat
    * @param {Turn} turn
+   * @returns {Promise<void>} Fulfilled when the answer is there, or is not to come, and the chat is kept.
    */
-  async start(chat, turn) {
-    const run = { chat, turn, controller: new AbortController(), phase: "sent", since: Date.now() };
+  start(chat, turn) {
+    const controller = new AbortController();
+    const run = { chat, turn, controller, phase: "sent", since: Date.now(), done: Promise.resolve() };
     this.running.add(run);
-    this.app.changed(run);
+    run.done = this.write(run);
+    return run.done;
+  }
+
+  /**
+   * Writes a turn's answer and keeps the chat meanwhile.
+   * @param {Run} run
+   */
+  async write(run) {
+    const { chat } = run;
     this.app.keep(chat);
     const ticks = setInterval(() => this.app.changed(run), 1000);
     const keeping = setInterval(() => run.phase === "text" && this.app.keep(chat), KEEP_MS);
@@ -63,7 +85,6 @@ export class Runs {
       });
     } catch (error) {
       fail(turn.answer, error);
-      if (!(error instanceof ApiFailure)) throw error;
     }
   }
 

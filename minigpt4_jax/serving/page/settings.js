@@ -62,7 +62,7 @@ export const FIELDS = [
   {
     name: "num_beams",
     label: "Beams",
-    help: "Above 1 searches for the most probable answer with so many tries at once. It then comes whole, not word by word.",
+    help: "Above 1 searches for the most probable answer with so many tries at once; nothing is drawn, and it comes whole, not word by word.",
     least: 1,
     most: 10,
     step: 1,
@@ -169,7 +169,7 @@ function check(name, input) {
  */
 function addField(place, { name, label, help, least, most, step }) {
   const input = make("input", { id: `set-${name}`, type: "number", min: least, max: most, step });
-  input.placeholder = "server’s";
+  input.placeholder = "default";
   input.inputMode = step === 1 ? "numeric" : "decimal";
   input.setAttribute("aria-describedby", `help-${name} error-${name}`);
   place.append(

@@ -22,6 +22,7 @@ export function makeTurn(turn, place) {
   const template = /** @type {HTMLTemplateElement} */ (byId("turn-template"));
   const element = template.content.firstElementChild.cloneNode(true);
   element.dataset.turn = turn.id;
+  element.tabIndex = -1;
   element.querySelector(".question-title").textContent = `Question ${place.index + 1}`;
   element.querySelector(".answer-title").textContent = `Answer ${place.index + 1}`;
   element.querySelector(".question-text").textContent = turn.text;

@@ -61,7 +61,8 @@ class Conversation(Generic[PictureT]):
     """Turns and pictures of one dialogue.
 
     `PictureT` is whatever the caller keeps for a picture (a PIL picture, its embeddings): it is only kept, in order.
-    The order of use: `add_image` (any number), `ask`, then `add_answer` with what was generated.
+    The order of use: `add_image` (any number), `ask`, then `add_answer` with what was generated. A history from
+    elsewhere comes first, through `recall`.
     """
 
     def __init__(
@@ -132,19 +133,41 @@ class Conversation(Generic[PictureT]):
         self._pictures.append(picture)
         self._unasked += 1
 
-    def ask(self, question: str | None, *, room: int = 1) -> list[int]:
+    def ask(
+        self, question: str | None, *, room: int = 1, pictures: Sequence[PictureT] = ()
+    ) -> list[int]:
         """Adds a question and returns the ids of the whole prompt, with `IMAGE_TOKEN_ID` for each image token.
 
         Args:
           question: typed text, taken literally: no marker in it has a meaning. None asks with the pictures alone.
           room: tokens that must be left for the answer.
+          pictures: shown with the question, after those of `add_image`.
 
         Raises `ContextFull`, and adds nothing, when prompt and `room` together are more than the context.
         """
-        turns = [*self._turns, *self._user_turns(question, self._unasked)]
-        ids = self._encode(turns, room=room, num_pictures=len(self._pictures), adding="question")
+        turns = [*self._turns, *self._user_turns(question, self._unasked + len(pictures))]
+        num_pictures = len(self._pictures) + len(pictures)
+        ids = self._encode(turns, room=room, num_pictures=num_pictures, adding="question")
+        self._pictures.extend(pictures)
         self._turns, self._unasked, self._prompt_tokens = turns, 0, len(ids)
         return ids
+
+    def recall(
+        self,
+        role: Literal["user", "assistant"],
+        text: str | None,
+        *,
+        pictures: Sequence[PictureT] = (),
+    ) -> None:
+        """Adds a message of a dialogue that was held elsewhere, word for word; pictures only with the user's.
+
+        Looks at no room, so that a long history is encoded once: by the `ask` that comes after it.
+        """
+        if role == "user":
+            self._turns += self._user_turns(text, len(pictures))
+            self._pictures.extend(pictures)
+        else:
+            self._turns.append(Turn("assistant", (text,) if text else ()))
 
     def _encode(
         self,
@@ -237,6 +260,10 @@ class AnswerStream:
         self._text = ""
         self.ids: list[int] = []
         """All ids taken so far, a stop token among them."""
+        self._ends: list[int] = []  # characters that were decoded when each of them had been taken
+        self.settled = 0
+        """How many of `ids`, from the first on, belong to the answer for certain: all their text was let through. Never
+        those of a stop token, of what may be or is a stop string, or of a character that is not complete."""
         self.stopped = False
         """True once a stop token or stop string came: feed no more."""
 
@@ -252,18 +279,48 @@ class AnswerStream:
         self.ids.append(int(token_id))
         if token_id in self._stop_ids:
             self.stopped = True
-            return self._show(self._filter.feed(self._decoder.flush()) + self._filter.flush())
-        piece = self._filter.feed(self._decoder.feed(token_id))
+            return self._show(self._close(num_ids=len(self.ids) - 1))
+        decoded = self._decoder.feed(token_id)
+        self._ends.append(self._end + len(decoded))
+        piece = self._filter.feed(decoded)
         self.stopped = self._filter.stopped
+        self._settle()
         return self._show(piece)
 
     def finish(self) -> str:
         """Returns what was still held back when generation ends without a stop. Returns '' after one."""
         if self.stopped:
             return ""
-        piece = self._filter.feed(self._decoder.flush()) + self._filter.flush()
+        piece = self._close(num_ids=len(self.ids))
         self.stopped = True
         return self._show(piece)
+
+    @property
+    def _end(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _close(self, *, num_ids: int) -> str:
+        """What was held back; the first `num_ids` wrote the answer."""
+        rest = self._decoder.flush()
+        if self._ends:
+            self._ends[-1] += len(rest)
+        piece = self._filter.feed(rest) + self._filter.flush()
+        if self._filter.stopped:
+            self._settle()
+        else:
+            self.settled = num_ids
+        return piece
+
+    def _settle(self) -> None:
+        """An id without text of its own is part of a character, and goes with the id that completes it."""
+        passed, stopped = self._filter.passed, self._filter.stopped
+        while self.settled < len(self._ends):
+            start = self._ends[self.settled - 1] if self.settled else 0
+            end = next((end for end in self._ends[self.settled :] if end > start), None)
+            # What a stop string cut in two has been shown in part.
+            if end is None or (start >= passed if stopped else end > passed):
+                return
+            self.settled += 1
 
     def _show(self, piece: str) -> str:
         waiting = self._space + piece
@@ -284,6 +341,8 @@ class StopStringFilter:
             raise ValueError(f"stop_strings is {stop_strings!r}; expected no empty string in it.")
         self._stop_strings = tuple(stop_strings)
         self._held = ""
+        self.passed = 0
+        """Characters that were let through."""
         self.stopped = False
 
     def feed(self, text: str) -> str:
@@ -294,10 +353,12 @@ class StopStringFilter:
         places = [place for stop in self._stop_strings if (place := self._held.find(stop)) >= 0]
         if places:
             shown, self._held, self.stopped = self._held[: min(places)], "", True
+            self.passed += len(shown)
             return shown
         keep = max((self._open_length(stop) for stop in self._stop_strings), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(shown) :]
+        self.passed += len(shown)
         return shown
 
     def _open_length(self, stop: str) -> int:
@@ -310,4 +371,5 @@ class StopStringFilter:
     def flush(self) -> str:
         """Returns what was held back: no stop string will come any more."""
         shown, self._held = self._held, ""
+        self.passed += len(shown)
         return shown

@@ -21,7 +21,9 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -29,10 +31,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from minigpt4_jax.config import UserError
 
-MAX_FILE_BYTES = 64 * 1024 * 1024
-MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """The formats that are opened, by PIL's names; others are refused before a decoder sees them."""
+MAX_JPEG_SCANS = 100
+"""A progressive JPEG comes in about ten scans. Each costs a pass over all its pixels and as little as fifty bytes, so a
+file of 20 MB could ask for hours (libjpeg-turbo's `-maxscans` is against the same)."""
 PREPROCESSING = "1"
 """Version of `preprocess`: whoever changes its numbers counts on, because kept embeddings are found by it."""
 
@@ -63,24 +66,69 @@ _TRANSPOSE = {
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLimits:
+    """What is opened at all; all of it is checked before anything is decoded."""
+
+    max_bytes: int = 64 * 1024 * 1024
+    """Of the file."""
+    max_pixels: int = 100_000_000
+    max_side: int = 100_000_000
+    """The longer side, in pixels."""
+    formats: tuple[str, ...] = FORMATS
+    """Some of `FORMATS`."""
+
+
+PictureFault = Literal["empty", "too many bytes", "too large", "format", "damaged", "samples"]
+
+
+class PictureError(UserError):
+    """A picture that cannot be opened.
+
+    Attributes:
+        plain: what is wrong and what to do, in words and numbers of this file alone: neither the picture's name nor
+            the text of a library, which may tell about memory and files (CVE-2026-22778).
+        fault: what is wrong, for programs.
+    """
+
+    def __init__(self, message: str, *, plain: str, fault: PictureFault) -> None:
+        super().__init__(message)
+        self.plain, self.fault = plain, fault
+
+
+def _refusal(
+    name: str, what: str, *, advice: str, fault: PictureFault, said: str = ""
+) -> PictureError:
+    """`said` is a library's word for it: for the message, never for `plain`."""
+    detail = f" ({said})" if said else ""
+    message = f"Cannot open {name}: {what}{detail}. {advice}"
+    return PictureError(message, plain=f"{what}. {advice}", fault=fault)
+
+
 _warnings_filter = threading.Lock()  # Python has one list of warning filters for all threads
 
 
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def load_image(
+    source: str | Path | bytes | Image.Image, *, limits: PictureLimits | None = None
+) -> Image.Image:
     """Opens a picture as upright RGB: a path, the bytes of a file, or a PIL picture (which is left as it is).
 
     The first frame of an animation, EXIF orientation applied, transparency laid on white, 16-bit samples scaled to 8.
     A broken EXIF block is named in the log, and the picture taken as it lies. Nothing but a regular file is read, and
-    no more of it than `MAX_FILE_BYTES`; sizes are compared with `MAX_PIXELS` before anything is decoded.
-    Raises `UserError`, with the name of the file, for one that is missing, no picture, damaged or too large.
+    no more of it than `limits` allows (None: the defaults of `PictureLimits`), which are for files and bytes alone.
+    Raises `UserError`, with the name of the file, for one that is missing; of its kind `PictureError` for one that is
+    no picture, damaged or too large.
     """
+    limits = limits or PictureLimits()
     if isinstance(source, Image.Image):
         name, image = "the picture", source
     else:
         name = "the picture" if isinstance(source, bytes) else f"the picture {str(source)!r}"
-        data = source if isinstance(source, bytes) else _read(source, name)
-        image = _open(data, name)
-    with _damage(name):
+        data = source if isinstance(source, bytes) else _read(source, name, limits.max_bytes)
+        image = _open(data, name, limits)
+    with _damage(name, limits):
         # Only TIFF reads its header again while it decodes; others decode side by side, outside of the lock.
         with _warnings_to_log(name) if image.format == "TIFF" else contextlib.nullcontext():
             image.load()
@@ -88,10 +136,14 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     try:
         return flatten_on_white(image)
     except ValueError as error:
-        raise UserError(f"Cannot open {name}: {error}") from error
+        raise PictureError(
+            f"Cannot open {name}: {error}",
+            plain="the range of its samples is not known. Expected 8 or 16 bits per sample; save it so.",
+            fault="samples",
+        ) from error
 
 
-def _read(path: str | Path, name: str) -> bytes:
+def _read(path: str | Path, name: str, max_bytes: int) -> bytes:
     """The bytes of a regular file. Never waits (a FIFO) and never reads without end (a device)."""
     try:
         found = os.stat(path)
@@ -100,9 +152,9 @@ def _read(path: str | Path, name: str) -> bytes:
             raise UserError(f"Cannot open {name}: it is {kind}. Expected a file.")
         # O_NONBLOCK: should a FIFO have taken its place, opening it would wait for somebody to write into it.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if found.st_size > MAX_FILE_BYTES:
-                raise _too_many_bytes(name, found.st_size)
-            return file.read(MAX_FILE_BYTES + 1)
+            if found.st_size > max_bytes:
+                raise _too_many_bytes(name, found.st_size, max_bytes)
+            return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         if isinstance(error, OSError) and error.errno == errno.ENOENT:
             raise UserError(
@@ -114,58 +166,84 @@ def _read(path: str | Path, name: str) -> bytes:
         ) from error
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str, limits: PictureLimits) -> Image.Image:
     """Reads the header; refuses what is no picture, and what is too large, before a decoder sees it."""
     if not data:
-        raise UserError(f"Cannot open {name}: it is empty (0 bytes). Copy or download it again.")
-    if len(data) > MAX_FILE_BYTES:
-        raise _too_many_bytes(name, len(data))
+        raise _refusal(
+            name, "it is empty (0 bytes)", advice="Copy or download it again.", fault="empty"
+        )
+    if len(data) > limits.max_bytes:
+        raise _too_many_bytes(name, len(data), limits.max_bytes)
     try:
-        with _damage(name), _warnings_to_log(name):
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UserError as error:
+        with _damage(name, limits), _warnings_to_log(name):
+            image = Image.open(io.BytesIO(data), formats=limits.formats)
+    except PictureError as error:
         kind = next((kind for start, kind in FOREIGN if re.match(start, data[:4096], re.S)), None)
         if kind is None or not isinstance(error.__cause__, UnidentifiedImageError):
             raise
-        raise UserError(
-            f"Cannot open {name}: it is {kind}. Expected one of {', '.join(FORMATS)}; convert it to one of these."
-        ) from error
+        advice = f"Expected one of {', '.join(limits.formats)}; convert it to one of these."
+        raise _refusal(name, f"it is {kind}", advice=advice, fault="format") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_many_pixels(name, f"{width} x {height}")
+    if width * height > limits.max_pixels:
+        raise _too_many_pixels(name, f"{width} x {height}", limits.max_pixels)
+    if max(width, height) > limits.max_side:
+        raise _refusal(
+            name,
+            f"{width} x {height} pixels; expected at most {limits.max_side} on a side",
+            advice="Save a smaller copy.",
+            fault="too large",
+        )
+    # Inside of a scan the bytes FF DA cannot stand: FF is followed by 00 there (ITU T.81, B.1.1.5).
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise _refusal(
+            name,
+            f"a JPEG in {scans} scans; expected at most {MAX_JPEG_SCANS}",
+            advice="Save it again, not progressive.",
+            fault="too large",
+        )
     return image
 
 
 @contextlib.contextmanager
-def _damage(name: str) -> Iterator[None]:
-    """Turns whatever PIL raises for a broken file into a `UserError`."""
+def _damage(name: str, limits: PictureLimits) -> Iterator[None]:
+    """Turns whatever PIL raises for a broken file into a `PictureError`."""
     try:
         yield
     except (
         Image.DecompressionBombError
     ) as error:  # far above our limit; PIL does not tell the sides
         count = re.search(r"\d+", str(error))
-        raise _too_many_pixels(name, count.group() if count else "far more") from error
+        raise _too_many_pixels(
+            name, count.group() if count else "far more", limits.max_pixels
+        ) from error
     except Exception as error:
         # A decoder among hostile bytes: OSError, SyntaxError, struct.error, IndexError, MemoryError ... all mean the
         # same. PIL's own text for an unknown format is the address of our buffer.
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown format" if unknown else " ".join(str(error).split()) or repr(error)
-        raise UserError(
-            f"Cannot open {name}: it is damaged or not a picture ({reason}). "
-            f"Expected one of {', '.join(FORMATS)}; copy, download or export it again."
+        raise _refusal(
+            name,
+            "it is damaged or not a picture",
+            advice=f"Expected one of {', '.join(limits.formats)}; copy, download or export it again.",
+            fault="format" if unknown else "damaged",
+            said="unknown format" if unknown else " ".join(str(error).split()) or repr(error),
         ) from error
 
 
-def _too_many_bytes(name: str, count: int) -> UserError:
-    return UserError(
-        f"Cannot open {name}: {count} bytes; expected at most {MAX_FILE_BYTES}. Save a smaller copy."
+def _too_many_bytes(name: str, count: int, most: int) -> PictureError:
+    return _refusal(
+        name,
+        f"{count} bytes; expected at most {most}",
+        advice="Save a smaller copy.",
+        fault="too many bytes",
     )
 
 
-def _too_many_pixels(name: str, count: str) -> UserError:
-    return UserError(
-        f"Cannot open {name}: {count} pixels; expected at most {MAX_PIXELS} in all. Save a smaller copy."
+def _too_many_pixels(name: str, count: str, most: int) -> PictureError:
+    return _refusal(
+        name,
+        f"{count} pixels; expected at most {most} in all",
+        advice="Save a smaller copy.",
+        fault="too large",
     )
 
 

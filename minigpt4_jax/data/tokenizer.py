@@ -22,6 +22,7 @@ import tokenizers
 from minigpt4_jax.config import UserError
 
 _REPLACEMENT = "\ufffd"
+_SPACE = "\u2581"  # how sentencepiece writes a space
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _KEEP_IDS = 8  # context that a trimmed StreamDecoder keeps: more tokens than one character ever has
 _TRIM_IDS = 64
@@ -56,6 +57,10 @@ class Tokenizer:
             if (match := _BYTE_PIECE.fullmatch(token))
         }
         """Of a sentencepiece vocabulary: the pieces that stand for one byte of what has no piece."""
+        self._added_ids = frozenset(backend.get_added_tokens_decoder())
+        byte_level = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        self._byte_symbols = _byte_symbols() if byte_level else {}
+        """Of a byte-level vocabulary: the bytes that its symbols stand for."""
         self._role_ids: dict[str, int] = {}
         for role, token in (("bos", bos_token), ("eos", eos_token), ("pad", pad_token)):
             if token is None:
@@ -143,9 +148,40 @@ class Tokenizer:
                 pieces += [str(self._backend.id_to_token(token_id)) for token_id in run]
         return str(self._backend.decoder.decode(pieces))
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The UTF-8 bytes that a token is written as; None for a control token or an id without text.
+
+        The bytes of all tokens joined are the text of `decode`, but for the space that a sentencepiece vocabulary puts
+        in front of a text and `decode` takes away. One token may hold only a part of a character.
+        """
+        if token_id in self._special_ids:
+            return None
+        if token_id in self._byte_pieces:
+            return bytes([self._byte_pieces[token_id]])
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return None
+        if token_id not in self._added_ids and self._byte_symbols:
+            return bytes(self._byte_symbols[symbol] for symbol in piece)
+        return piece.replace(_SPACE, " ").encode()
+
+    def token_name(self, token_id: int) -> str | None:
+        """A token as its vocabulary spells it, such as `<|im_end|>`; None for an id outside."""
+        return self._backend.id_to_token(token_id)
+
     def stream_decoder(self) -> StreamDecoder:
         """A new `StreamDecoder` over this tokenizer."""
         return StreamDecoder(self)
+
+
+def _byte_symbols() -> dict[str, int]:
+    """GPT-2's letters for bytes: a printable byte is its own Latin-1 letter, the others follow from U+0100 on."""
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    own = [symbol for symbol in symbols if ord(symbol) < 256]
+    rest = sorted(set(range(256)) - set(map(ord, own)))
+    return {symbol: ord(symbol) for symbol in own} | dict(
+        zip(symbols[len(own) :], rest, strict=True)
+    )
 
 
 def _decode_utf8(data: bytes) -> str:

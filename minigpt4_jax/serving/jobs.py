@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from minigpt4_jax.conversation import Conversation
 from minigpt4_jax.generation.requests import TokenLogprobs
@@ -27,7 +27,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Started:
-    """All answers of a job have a slot and its prompt was read."""
+    """The prompt of a job was read and its first answer has a slot; comes before all else. (Of more answers than there
+    are slots the last ones begin later.)"""
 
     cached_tokens: int
     """Of the prompt, that were still in a slot from an earlier request."""
@@ -88,6 +89,10 @@ class Job:
     """At most as many as `conversation.room`."""
     n: int = 1
     logprobs: bool = False
+    stream: bool = True
+    """False: each answer comes in one `Piece`, when it has ended. Only then is the text exactly that of
+    `MiniGPT4.generate` also where a model of the Vicuna templates repeats its role in the middle of an answer: what
+    stands before it is dropped, and cannot be where it was shown already."""
     stop_strings: tuple[str, ...] = ()
     """Beside the template's own."""
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -116,15 +121,16 @@ class JobRecord:
     queue_s: float
     """From arrival until a slot took it, or until its end."""
     prefill_s: float | None
-    """From the slot to the first token."""
+    """From the slot to the first token, encoding pictures too; None with beams."""
     decode_s: float | None
-    """From the first to the last token."""
+    """From the first to the last token; None with beams."""
     total_s: float
     """From arrival to the end."""
 
 
+@runtime_checkable
 class Observer(Protocol):
-    """What the scheduler tells on the engine's thread; must neither block nor raise."""
+    """What the scheduler tells, on the engine's thread (`finished` also on others); must neither block nor raise."""
 
     def first_token(self, seconds: float) -> None:
         """From arrival to the first token of an answer."""

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert.projection import ProjectionInfo, write_projection
-from minigpt4_jax import MiniGPT4, loading
+from minigpt4_jax import MiniGPT4
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from tests.api.tiny import CONTEXT, Recorder
-from tests.tiny_model import make_frozen, make_loader
+from tests.tiny_model import load_tiny, write_tiny_projection
 
 
 @pytest.fixture(scope="session")
@@ -31,18 +30,12 @@ def projection_file(
     tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig, tiny_params: Any
 ) -> Path:
     path = tmp_path_factory.mktemp("projection") / "tiny.safetensors"
-    projection = {name: np.asarray(leaf) for name, leaf in tiny_params["llama_proj"].items()}
-    info = ProjectionInfo(config=tiny_config, licence="x", attribution="y", frozen_parts={})
-    write_projection(path, projection, info=info)
-    return path
+    return write_tiny_projection(path, tiny_params, config=tiny_config)
 
 
 @pytest.fixture(scope="session")
 def model(tiny_params: Any, tokenizer: Tokenizer, projection_file: Path) -> MiniGPT4:
-    with pytest.MonkeyPatch.context() as patch:
-        frozen = make_frozen(tiny_params, tokenizer)
-        patch.setattr(loading, "load_decode_params", make_loader(frozen, tokenizer))
-        return MiniGPT4.load("tiny", projection=projection_file, context=CONTEXT)
+    return load_tiny(tiny_params, tokenizer, projection=projection_file, context=CONTEXT)
 
 
 @pytest.fixture(scope="session")

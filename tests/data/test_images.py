@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.data import images
-from minigpt4_jax.data.images import load_image, preprocess
+from minigpt4_jax.data.images import PictureLimits, load_image, preprocess
 from tests.planted import encoded
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 128, 0), (255, 255, 255)
@@ -201,18 +200,17 @@ def test_a_large_file_is_refused_without_being_read(tmp_path: Path) -> None:
         load_image(path)
 
 
-def test_too_large_pictures_are_refused_before_they_are_decoded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_too_large_pictures_are_refused_before_they_are_decoded() -> None:
     data = encoded(Image.new("RGB", (50, 20)), "PNG")
-    monkeypatch.setattr(images, "MAX_PIXELS", 999)
-    with pytest.raises(UserError, match="50 x 20 pixels; expected at most 999"):
-        load_image(data)
-    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
-    assert load_image(data).size == (50, 20)
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", len(data) - 1)
+    with pytest.raises(UserError, match="50 x 20 pixels; expected at most 999 in all"):
+        load_image(data, limits=PictureLimits(max_pixels=999))
+    with pytest.raises(UserError, match="50 x 20 pixels; expected at most 49 on a side"):
+        load_image(data, limits=PictureLimits(max_side=49))
+    assert load_image(data, limits=PictureLimits(max_pixels=1000, max_side=50)).size == (50, 20)
     with pytest.raises(UserError, match=f"{len(data)} bytes; expected at most"):
-        load_image(data)
+        load_image(data, limits=PictureLimits(max_bytes=len(data) - 1))
+    with pytest.raises(UserError, match="Expected one of JPEG, GIF;"):
+        load_image(data, limits=PictureLimits(formats=("JPEG", "GIF")))
 
 
 def test_preprocess_scales_then_normalises_each_channel() -> None:

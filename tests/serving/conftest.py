@@ -1,0 +1,39 @@
+"""The tiny model for a server: see `tests/tiny_model.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minigpt4_jax import MiniGPT4
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from tests.tiny_model import load_tiny, write_tiny_projection
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: ModelConfig,
+    tiny_params: Any,
+    tokenizer: Tokenizer,
+) -> MiniGPT4:
+    """The tiny model with 4 slots. Its answers are text that never ends by itself."""
+    path: Path = tmp_path_factory.mktemp("projection") / "tiny.safetensors"
+    write_tiny_projection(path, tiny_params, config=tiny_config)
+    return load_tiny(tiny_params, tokenizer, projection=path, context=200, num_slots=4)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(41)
+    return [Image.fromarray(rng.integers(0, 256, (20 + 9 * i, 30, 3), np.uint8)) for i in range(3)]

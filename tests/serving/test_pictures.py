@@ -1,0 +1,308 @@
+"""`minigpt4_jax.serving.pictures`: what URLs are taken, the limits, the order, and threads that do not come back."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minigpt4_jax.config import UserError
+from minigpt4_jax.data.images import preprocess
+from minigpt4_jax.image_cache import PreparedImage
+from minigpt4_jax.serve_config import PicturesConfig
+from minigpt4_jax.serving import pictures
+from minigpt4_jax.serving.errors import ApiError
+from minigpt4_jax.serving.pictures import PictureReader
+from tests.planted import encoded
+from tests.serving.picture_reading import SIZE, data_url, encoder, read, reader, refusal, sources
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+WAIT_S = 30  # generous: only a test that fails waits so long
+
+
+def plain(colour: tuple[int, int, int], side: int = 16) -> bytes:
+    return encoded(Image.new("RGB", (side, side), colour), "PNG")
+
+
+PNG = plain(COLOURS[0])
+BASE64 = base64.b64encode(PNG).decode()
+
+
+def test_pictures_come_back_prepared_and_in_order() -> None:
+    seconds: list[float] = []
+    with reader(decoded=seconds.append) as made:
+        prepared = read(made, *(data_url(plain(colour)) for colour in COLOURS))
+    for one, colour in zip(prepared, COLOURS, strict=True):
+        expected = preprocess(
+            Image.new("RGB", (16, 16), colour), size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3
+        )
+        assert one.pixels is not None
+        np.testing.assert_array_equal(one.pixels, expected)
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+
+
+def test_a_picture_has_the_key_that_its_file_has_without_a_server() -> None:
+    data = encoded(Image.effect_noise((30, 20), 80).convert("RGBA"), "PNG")
+    with reader() as made:
+        assert read(made, data_url(data))[0].key == encoder().prepare(data).key
+
+
+def test_no_picture_is_no_picture() -> None:
+    with reader() as made:
+        assert read(made) == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "data:image/png;base64,",
+        "DATA:Image/PNG;BASE64,",
+        "data:image/jpeg;base64,",  # the declared type is not believed
+        "data:image/png;charset=utf-8;name=x;base64,",
+        "data:application/octet-stream;base64,",
+    ],
+)
+def test_spellings_of_a_data_url_that_are_taken(head: str) -> None:
+    with reader() as made:
+        assert len(read(made, head + BASE64)) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "said", "code"),
+    [
+        (BASE64, "no scheme", "invalid_image_url"),
+        ("", "no scheme", "invalid_image_url"),
+        ("../etc/passwd", "no scheme", "invalid_image_url"),
+        ("//images.example.org/a.png", "no scheme", "invalid_image_url"),
+        ("file:///etc/passwd", "not taken from file:", "invalid_image_url"),
+        ("FILE:///etc/passwd", "not taken from file:", "invalid_image_url"),
+        ("ftp://images.example.org/a.png", "not taken from ftp:", "invalid_image_url"),
+        ("blob:https://a.example.org/1", "not taken from blob:", "invalid_image_url"),
+        ("javascript:alert(1)", "not taken from javascript:", "invalid_image_url"),
+        ("http://images.example.org/a.png", "no pictures from http:", "invalid_image_url"),
+        ("https://images.example.org/a.png", "no pictures from https:", "invalid_image_url"),
+        ("data:", "not in base64", "invalid_image_url"),
+        ("data:image/png," + BASE64, "not in base64", "invalid_image_url"),
+        ("data:image/png;base64" + BASE64, "not in base64", "invalid_image_url"),
+        ("data:image/png;base64;x=1," + BASE64, "not in base64", "invalid_image_url"),
+        (f"data:image/png;x={'y' * 300};base64,{BASE64}", "longer than 256", "invalid_image_url"),
+        (f"data:text/html;base64,{BASE64}", "not declare", "unsupported_image_media_type"),
+        (f"data:;base64,{BASE64}", "not declare", "unsupported_image_media_type"),
+        ("data:image/png;base64,", "no picture in it", "empty_image_file"),
+        ("data:image/png;base64,====", "not in base64", "invalid_base64_image"),
+        (f"data:image/png;base64,{BASE64[:40]}\n{BASE64[40:]}", "base64", "invalid_base64_image"),
+        (f"data:image/png;base64,{BASE64[:41]}", "multiple of 4", "invalid_base64_image"),
+        (f"data:image/png;base64,{BASE64}AAAA", "base64", "invalid_base64_image"),
+        (
+            f"data:image/png;base64,{BASE64.replace('=', '%3D')}",
+            "percent signs",
+            "invalid_base64_image",
+        ),
+        (f"data:image/png;base64,é{BASE64}", "base64", "invalid_base64_image"),
+        (f"data:image/png;base64,_-{BASE64[2:]}", "base64", "invalid_base64_image"),
+        (data_url(b"hello, world"), "not a picture", "invalid_image_format"),
+        (data_url(PNG[:44]), "damaged", "image_parse_error"),
+    ],
+)
+def test_what_is_not_taken_is_refused_with_what_is(url: str, said: str, code: str) -> None:
+    with reader() as made:
+        error = refusal(made, [url])
+    assert error is not None
+    assert (error.status, error.param, error.code) == (400, "pictures[0]", code)
+    assert said in error.message
+    assert "xpected" in error.message
+
+
+assert BASE64.endswith("=")  # the cases above need a padded one
+
+
+@pytest.mark.parametrize(
+    ("limits", "said", "code"),
+    [
+        ({"max_bytes": len(PNG) - 1}, f"{len(PNG)} bytes; expected", "image_file_too_large"),
+        ({"max_pixels": 255}, "16 x 16 pixels; expected at most 255", "image_too_large"),
+        ({"max_side": 15}, "at most 15 on a side", "image_too_large"),
+        ({"formats": ("JPEG", "GIF")}, "one of JPEG, GIF;", "invalid_image_format"),
+    ],
+)
+def test_the_limits_of_the_configuration_hold(limits: dict[str, Any], said: str, code: str) -> None:
+    exact = {"max_bytes": len(PNG), "max_pixels": 256, "max_side": 16, "formats": ("PNG",)}
+    with reader(PicturesConfig(**exact)) as made:
+        assert len(read(made, data_url(PNG))) == 1
+    with reader(PicturesConfig(**limits)) as made:
+        error = refusal(made, [data_url(PNG)])
+    assert error is not None
+    assert (error.status, error.code) == (400, code)
+    assert said in error.message
+
+
+def test_too_many_bytes_are_refused_by_their_length_before_they_are_decoded() -> None:
+    with reader(PicturesConfig(max_bytes=1000)) as made:
+        error = refusal(made, ["data:image/png;base64," + "*" * 4000])  # not even base64
+    assert error is not None
+    assert error.code == "image_file_too_large"
+    assert "3000 bytes; expected at most 1000" in error.message
+
+
+def test_too_many_pictures_are_refused_at_the_first_above_the_limit() -> None:
+    with reader(PicturesConfig(max_count=2)) as made:
+        error = refusal(made, [data_url(PNG)] * 3)
+    assert error is not None
+    assert (error.status, error.param, error.code) == (400, "pictures[2]", "too_many_images")
+
+
+def test_the_first_bad_picture_is_named_whatever_fails_first() -> None:
+    slow = data_url(encoded(Image.effect_noise((1500, 1500), 90), "PNG")[:-40])
+    with reader() as made:
+        error = refusal(made, [data_url(PNG), slow, data_url(b"no picture")])
+    assert error is not None
+    assert error.param == "pictures[1]"
+
+
+def test_an_unknown_format_in_the_configuration_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"pictures\.formats has FITS; expected some of PNG"):
+        PictureReader(encoder().prepare, PicturesConfig(formats=("FITS",)), decoded=lambda _: None)
+
+
+def test_a_fault_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def prepare(_: Any) -> PreparedImage:
+        raise RuntimeError("0x7f0000 at /root/secret")
+
+    with reader(prepare=prepare) as made:
+        error = refusal(made, [data_url(PNG)])
+    assert error is not None
+    assert error.status == 500
+    assert "secret" not in error.message
+    assert "0x7f0000 at /root/secret" in caplog.text
+
+
+class Gate:
+    """A `prepare` that does not come back before it is told to."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.blocks = True
+        self.peak = self.inside = 0
+        self._lock = threading.Lock()
+        self._prepare = encoder().prepare
+
+    def prepare(self, picture: Any) -> PreparedImage:
+        with self._lock:
+            self.inside += 1
+            self.peak = max(self.peak, self.inside)
+        self.entered.release()
+        assert not self.blocks or self.open.wait(WAIT_S)
+        with self._lock:
+            self.inside -= 1
+        return self._prepare(picture)
+
+    async def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert await asyncio.to_thread(self.entered.acquire, timeout=WAIT_S)
+
+
+def with_gate(
+    config: PicturesConfig, act: Callable[[PictureReader, Gate], Any]
+) -> tuple[Any, Gate]:
+    gate = Gate()
+    with reader(config, prepare=gate.prepare) as made:
+        try:
+            return asyncio.run(act(made, gate)), gate
+        finally:
+            gate.open.set()
+
+
+def test_no_more_pictures_are_decoded_at_once_than_there_are_threads() -> None:
+    async def act(made: PictureReader, gate: Gate) -> list[PreparedImage]:
+        reading = [asyncio.create_task(made.read(sources(data_url(PNG)))) for _ in range(6)]
+        await gate.wait_for(2)
+        gate.open.set()
+        return [(await one)[0] for one in reading]
+
+    prepared, gate = with_gate(PicturesConfig(num_threads=2), act)
+    assert len(prepared) == 6
+    assert gate.peak == 2
+
+
+def test_the_event_loop_goes_on_while_a_picture_is_decoded() -> None:
+    async def act(made: PictureReader, gate: Gate) -> bool:
+        reading = asyncio.create_task(made.read(sources(data_url(PNG))))
+        await gate.wait_for(1)
+        waiting = not reading.done()  # and we are here: nothing blocks
+        gate.open.set()
+        return waiting and len(await reading) == 1
+
+    assert with_gate(PicturesConfig(), act)[0]
+
+
+async def error_of(reading: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        await reading
+    return caught.value
+
+
+def test_stuck_threads_fail_their_request_and_others_take_their_place() -> None:
+    async def act(made: PictureReader, gate: Gate) -> tuple[ApiError, ApiError, bool]:
+        first = await error_of(made.read(sources(data_url(PNG))))
+        second = await error_of(made.read(sources(data_url(PNG))))
+        # One was replaced, and that one is stuck as well: there is no third, and work waits in vain.
+        third = await error_of(made.read(sources(data_url(PNG))))
+        gate.open.set()
+        whole = len(await made.read(sources(data_url(PNG)))) == 1
+        return first, second, (third.status, third.retry_after_s) == (429, 2) and whole
+
+    config = PicturesConfig(num_threads=1, decode_timeout_s=0.1)
+    (first, second, recovered), gate = with_gate(config, act)
+    assert (first.status, second.status) == (408, 408)
+    assert "longer than 0.1 s" in first.message
+    assert recovered
+    assert gate.peak == 2
+
+
+def test_a_client_that_leaves_does_not_keep_a_stuck_thread_for_ever() -> None:
+    async def act(made: PictureReader, gate: Gate) -> int:
+        leaving = asyncio.create_task(made.read(sources(data_url(PNG), data_url(PNG))))
+        await gate.wait_for(1)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        gate.blocks = False
+        await asyncio.gather(made.read(sources(data_url(PNG))), return_exceptions=True)
+        # The time of that one ended after the time of the first: the thread was replaced.
+        assert len(await made.read(sources(data_url(PNG)))) == 1
+        return gate.inside
+
+    inside, _ = with_gate(PicturesConfig(num_threads=1, decode_timeout_s=0.2), act)
+    assert inside == 1
+
+
+def test_too_many_waiting_pictures_are_refused_with_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_PENDING", 2)
+
+    async def act(made: PictureReader, gate: Gate) -> ApiError:
+        reading = asyncio.create_task(made.read(sources(data_url(PNG), data_url(PNG))))
+        await gate.wait_for(1)
+        error = await error_of(made.read(sources(data_url(PNG))))
+        gate.open.set()
+        await reading
+        assert len(await made.read(sources(*[data_url(PNG)] * 3))) == 3  # alone, it may
+        return error
+
+    error, _ = with_gate(PicturesConfig(num_threads=1), act)
+    assert (error.status, error.retry_after_s) == (429, 2)
+
+
+def test_behind_close_nothing_is_read() -> None:
+    with reader() as made:
+        made.close()
+        error = refusal(made, [data_url(PNG)])
+    assert error is not None
+    assert error.status == 503

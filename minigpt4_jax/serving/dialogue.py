@@ -177,7 +177,8 @@ def _settings(
         said["min_new_tokens"] = least
     if said.get("num_beams", preset.num_beams) > 1:
         # What the model's own settings draw with gives way to a search; what the request says does not.
-        said = {"temperature": 0.0, **dict.fromkeys(UNKNOWN_TO_BEAMS, 0), **said}
+        off = {name: getattr(GenerationConfig(), name) for name in UNKNOWN_TO_BEAMS}
+        said = {"temperature": 0.0, **off, **said}
     try:
         return dataclasses.replace(preset, max_new_tokens=max_new_tokens, **said)
     except UserError as error:

@@ -131,17 +131,20 @@ class Refusals:
                 refusal = internal()
             if started:  # the half response must not look like a whole one
                 log.error("[%s] failed after its response had begun; cut off", request_id)
-                abort(scope)
+                await abort(scope)
             else:
                 self._rejected(refusal.code or refusal.kind)
                 await Refusal(refusal)(scope, receive, send)
 
 
-def abort(scope: Scope) -> None:
+async def abort(scope: Scope) -> None:
     """Cuts the connection where `connections.py` offers it: what is buffered for a client that reads nothing goes."""
     cut = scope.get("state", {}).get("abort")
     if cut is not None:
         cut()
+        await asyncio.sleep(
+            0
+        )  # one turn of the loop, in which uvicorn hears that the connection is lost
 
 
 class Refusal(Response):

@@ -26,6 +26,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MOST_SHOWN = 60
 """Characters of a value that a refusal repeats; a longer text is only counted."""
+MISSING = "missing_parameter"
 OWN_KINDS = ("content", "stop")
 """Error types of the models' own making, whose message says what was expected."""
 _WHERE = re.compile(r"line \d+ column \d+$")
@@ -55,11 +56,10 @@ _EXPECTED = {
     "less_than_equal": "at most {le}",
     "string_too_short": "at least {min_length} character(s)",
     "string_too_long": "at most {max_length} characters",
-    "too_short": "at least {min_length} entries",
-    "too_long": "at most {max_length} entries",
+    "too_short": "at least {min_length} item(s)",
+    "too_long": "at most {max_length} items",
     "literal_error": "{expected}",
     "union_tag_invalid": "one of {expected_tags}",
-    "union_tag_not_found": "one to be given",
     "string_pattern_mismatch": "a string of the form {pattern}",
 }
 """By pydantic's error types: what was expected. Any other type is answered with a sentence without details."""
@@ -177,21 +177,19 @@ def _refusal(error: Mapping[str, Any], plain: dict[str, Any], known: Collection[
             param=param,
             code="unknown_parameter",
         )
-    if kind == "missing":
-        return invalid(
-            f"{param} is missing; it is required.", param=param, code="missing_parameter"
-        )
     if kind.startswith("union_tag"):
-        tag = context["discriminator"].strip("'")
-        if isinstance(value, dict):
-            param, value = f"{param}.{tag}", value.get(tag)
-        else:
+        if not isinstance(value, dict):
             return invalid(f"{param} is {show(value)}; expected an object.", param=param)
+        tag = context["discriminator"].strip("'")
+        param, value = f"{param}.{tag}", value.get(tag)
+    if kind in ("missing", "union_tag_not_found"):
+        return invalid(f"{param} is missing; it is required.", param=param, code=MISSING)
     if kind == "value_error":
         return invalid(f"{param} is {show(value)}; expected {context['error']}.", param=param)
     if kind in OWN_KINDS:
         return invalid(f"{param} is {show(value)}; expected {error['msg']}.", param=param)
     expected = _EXPECTED.get(kind, "another value").format_map(context)
+    expected = "false" if expected == "False" else expected
     return invalid(f"{param} is {show(value)}; expected {expected}.", param=param)
 
 

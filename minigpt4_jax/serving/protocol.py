@@ -51,6 +51,8 @@ MAX_PARTS = 1024
 """Of one message."""
 MAX_URL_CHARS = 2**25
 """More than the largest picture as a `data:` URL; the body's own bound is usually less."""
+MAX_IDS = 65_536
+"""To be turned into text at once."""
 ROOM_FOR_KEYS = 100_000
 """Commas and brackets of a body beside those in its texts."""
 
@@ -162,7 +164,11 @@ TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 class ImageUrl(_Checked):
     """Where a picture is."""
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARS)]
+    url: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=MAX_URL_CHARS),
+        Field(json_schema_extra={"format": "uri"}),
+    ]
     """`data:image/png;base64,...`; `https://` where the server's configuration allows the host."""
     detail: Literal["auto", "low", "high"] | None = None
     """Changes nothing: every picture is read at the one size that the model knows."""
@@ -377,7 +383,9 @@ class DetokenizeRequest(_Checked):
     """Token ids to be told the text of. As in vLLM."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(fail_fast=True)]
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_IDS, fail_fast=True)
+    ]
 
 
 def parse_chat(body: bytes, config: ServeConfig) -> ChatRequest:

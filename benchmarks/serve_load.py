@@ -319,13 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     results = measuring.Results(args.out, head)
     if args.url:
-        wait_until_compiled(args.url, programs=None)
+        wait_until_compiled(args.url)
         return run(Bench(args.url.rstrip("/"), args, bare=None), results)
     with ServerProcess(args.overrides, config=args.config) as server:
         server.wait_until_ready()
-        wait_until_compiled(server.url, programs=None)
+        wait_until_compiled(
+            server.url, quiet_s=3.0
+        )  # roughly: two that compile take longer than one
         bare = Bare(args.config, args.overrides, max_tokens=args.max_tokens)
-        # Exactly as many: a pause between two large programs is no end.
+        # Exactly: the pause may have been one between two large programs.
         wait_until_compiled(server.url, programs=bare.model.engine.compiled_programs)
         run(Bench(server.url, args, bare=bare), results)
         code = server.stop()

@@ -310,7 +310,7 @@ def tiny_overrides(tiny_params: Any, tmp_path_factory: pytest.TempPathFactory) -
     (model / "tokenizer_config.json").write_text(json.dumps(names))
     write_checksums(model)
     projection = write_tiny_projection(folder / "p.safetensors", tiny_params, config=preset.model)
-    return [f"model={model}", f"projection={projection}", "context=96", "num_slots=2"]
+    return [f"model={model}", f"projection={projection}", "context=72", "num_slots=1"]
 
 
 def test_one_command_measures_the_share_and_the_load_of_a_real_server(

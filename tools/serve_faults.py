@@ -292,7 +292,7 @@ def fault_storm(args: argparse.Namespace) -> Row:
             stream=False,
         )
         seen: list[Visit] = []
-        while server.alive and len(seen) < 100:
+        while server.alive and len(seen) < 100 and (not seen or seen[-1].status):
             seen += asyncio.run(
                 crowd(server.url, [(body, False)], ["never"], at_once=1, rng=random.Random(0))
             )

@@ -139,6 +139,56 @@ def input_pipeline(result: dict[str, Any]) -> str:
     return "\n".join([said, "", *lines])
 
 
+def serve_share(result: dict[str, Any]) -> str:
+    """The server's share of the bare engine's throughput."""
+    lines = [
+        "| what | bare, tokens/s | over HTTP | share | over the rounds | equal answers |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in result["rows"].values() if "share" in row]
+    for row in rows:
+        low, high = row["share_of_rounds"]
+        bare, http = row["tokens_per_s"]["bare"], row["tokens_per_s"]["http"]
+        lines.append(
+            f"| {row['what']} | {bare:,.1f} | {http:,.1f} | {row['share']:.1%} | {low:.1%} to {high:.1%} "
+            f"| {row['same_answers']} |"
+        )
+    said = (
+        f"Medians of {result['rounds']} rounds of {result['num_requests']} requests of up to {result['max_tokens']} "
+        f"tokens, {result['pictures']:.0%} with a picture, "
+        f"{_where(result, max(row['load_after'] for row in rows))}."
+    )
+    return "\n".join([said, "", *lines])
+
+
+def serve_load(result: dict[str, Any]) -> str:
+    """Open-loop load: when the first token and each further one came, and how many requests were in time."""
+    lines = [
+        "| offered | requests/s | answered | output tokens/s | TTFT, ms | ITL, ms | TPOT, ms | E2EL, s | goodput |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"].values():
+        if "share" in row:
+            continue
+        all_of_them = row["completed"] + row["failed"]
+        lines.append(
+            f"| {row['what']} | {row['request_rate']:.2f} | {row['completed']} of {all_of_them} "
+            f"| {row['output_throughput']:,.1f} | {_percentiles(row, 'ttft_ms')} | {_percentiles(row, 'itl_ms')} "
+            f"| {_percentiles(row, 'tpot_ms')} | {_percentiles(row, 'e2el_ms', unit=1000, digits=2)} "
+            f"| {row['goodput_share']:.0%} |"
+        )
+    said = (
+        f"Open loop, gaps with burstiness {result['burstiness']:g}; median / p90 / p99. Goodput: the share with a TTFT "
+        f"of at most {result['ttft_slo_ms']:g} ms and a TPOT of at most {result['tpot_slo_ms']:g} ms."
+    )
+    return "\n".join([said, "", *lines])
+
+
+def _percentiles(row: dict[str, Any], name: str, *, unit: float = 1, digits: int = 0) -> str:
+    values = [row[f"{key}_{name}"] for key in ("median", "p90", "p99")]
+    return " / ".join("none" if v is None else f"{v / unit:,.{digits}f}" for v in values)
+
+
 def plan(result: dict[str, Any]) -> str:
     """What a run needs on devices that people rent, by the estimate."""
     lines = [
@@ -218,6 +268,7 @@ COMMANDS = {
     "train_gpu": "python benchmarks/train.py --device gpu --out benchmarks/results/train_gpu.json",
     "quantised": "python benchmarks/quantised.py --out benchmarks/results/quantised.json",
     "input_pipeline": "python benchmarks/input_pipeline.py --out benchmarks/results/input_pipeline.json",
+    "serve_cpu": "python benchmarks/serve_load.py --out benchmarks/results/serve_cpu.json",
     "plan": "python benchmarks/plan_table.py --out benchmarks/results/plan.json",
 }
 """File of results -> the command that writes it."""
@@ -231,6 +282,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu_settings": ("inference_gpu", gpu_settings),
     "quantised": ("quantised", quantised),
     "input_pipeline": ("input_pipeline", input_pipeline),
+    "serve_share": ("serve_cpu", serve_share),
+    "serve_load": ("serve_cpu", serve_load),
     "plan": ("plan", plan),
     "plan_compiled": ("plan", plan_compiled),
 }
@@ -266,7 +319,19 @@ def _where(result: dict[str, Any], most: float | None) -> str:
     on += f" with {hardware['cores']} cores"
     if most is not None:
         on += f" (load {hardware['load_before']:.1f} at the start, up to {most:.1f} behind a row)"
-    names = ("python", "jax", "flax", "torch", "transformers", "grain", "pillow", "tokenizers")
+    names = (
+        "python",
+        "jax",
+        "flax",
+        "torch",
+        "transformers",
+        "grain",
+        "pillow",
+        "tokenizers",
+        "fastapi",
+        "uvicorn",
+        "httpx2",
+    )
     return f"{on}; " + ", ".join(f"{name} {hardware[name]}" for name in names if name in hardware)
 
 

@@ -1,6 +1,6 @@
-"""What a person types: `minigpt4 chat | caption | train | plan | convert`. Arguments, printing, process-wide settings.
+"""What a person types: `minigpt4 chat | caption | serve | train | plan | convert`. Arguments, printing, settings.
 
-Not for: logic worth testing without a terminal; that is in `api.py`, `loading.py` and `training/`.
+Not for: logic worth testing without a terminal; that is in `api.py`, `loading.py`, `serving/` and `training/`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt4_jax.cli_caption import add_caption
 from minigpt4_jax.cli_options import add_model_options, load_model, set_up_jax, typed_generation
 from minigpt4_jax.cli_plan import add_plan
+from minigpt4_jax.cli_serve import add_serve
 from minigpt4_jax.config import UserError
 from minigpt4_jax.config_file import load, to_yaml
 from minigpt4_jax.exits import run_command
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_chat(commands)
     add_caption(commands)
+    add_serve(commands)
     _add_train(commands)
     add_plan(commands)
     convert = commands.add_parser(

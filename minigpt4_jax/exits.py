@@ -1,7 +1,7 @@
 """How a command ends: 0, or one message and another code; never a traceback for what a user can mend.
 
-For: `minigpt4`, `train.py`, `python -m convert`. Not for: finding problems (everything that finds one raises
-`UserError`), and not for mistakes in this project, which keep their traceback.
+For: `minigpt4`, `train.py`, `serve.py`, `python -m convert`. Not for: finding problems (everything that finds one
+raises `UserError`), and not for mistakes in this project, which keep their traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from minigpt4_jax.config import UserError
 
 PROBLEM = 2
+ENGINE_FAILED = 70
+"""A server gave its engine up: faults again and again, or it hangs. Start it anew (EX_SOFTWARE of sysexits.h)."""
 PREEMPTED = 75
 """After SIGTERM, everything saved: run me again (EX_TEMPFAIL of sysexits.h). What a scheduler should start anew."""
 PEER_LOST = 76

@@ -1,0 +1,395 @@
+// For: wiring: which chat is shown, what is asked, and what each button does.
+// Not for: how a part works; each has its module.
+
+import { listModels } from "./api.js";
+import { ask, isTold, newAnswer, newChat, picturesOf } from "./chat.js";
+import { showCode } from "./code.js";
+import { Composer } from "./composer.js";
+import { askForTitle, confirm, openDialog } from "./dialogs.js";
+import { announce, byId, clearNote, note } from "./dom.js";
+import { startExamples } from "./examples.js";
+import { offerDownload } from "./export.js";
+import { openHistory } from "./history.js";
+import { askForKey, currentKey } from "./key.js";
+import { requestOf } from "./requests.js";
+import { Runs, waitText } from "./runs.js";
+import { ServerState } from "./server_state.js";
+import { FIELDS, startSettings } from "./settings.js";
+import { closeSidebar, showChats, startSidebar } from "./sidebar.js";
+import { startTheme } from "./theme.js";
+import { troubleOf } from "./trouble.js";
+import { makeTurn, showAnswer, showWait } from "./view.js";
+
+/** @typedef {import("./chat.js").Chat} Chat */
+/** @typedef {import("./chat.js").Turn} Turn */
+
+const mouse = matchMedia("(pointer: fine)");
+
+class App {
+  /** @param {import("./history.js").History} history */
+  constructor(history) {
+    this.history = history;
+    this.chat = newChat();
+    /** @type {Turn | null} */
+    this.editing = null;
+    /** @type {import("./code.js").Asked | null} */
+    this.asked = null;
+    /** @type {Record<string, number>} */
+    this.settings = {};
+    /** Remarks of this sitting beside answers, by the turn's id. @type {Map<string, string>} */
+    this.remarks = new Map();
+    this.server = new ServerState(() => listModels({ key: currentKey() }), () => this.showContext());
+    this.runs = new Runs({
+      prepare: (run) => this.prepare(run),
+      changed: (run) => this.runChanged(run),
+      keep: (chat) => this.keep(chat),
+    });
+    this.composer = new Composer({ send: () => this.send(), others: () => picturesOf(this.chatBefore()) });
+    this.acts = {
+      edit: (turn) => this.edit(turn),
+      again: (turn) => this.again(turn),
+      newChat: () => this.show(newChat()),
+      key: (turn) => this.enterKey(turn),
+    };
+  }
+
+  // --- asking ---
+
+  /** The part of the chat that stays before the question that is being written. */
+  chatBefore() {
+    const end = this.editing ? this.chat.turns.indexOf(this.editing) : this.chat.turns.length;
+    return { ...this.chat, turns: this.chat.turns.slice(0, end).filter(isTold) };
+  }
+
+  send() {
+    if (!this.composer.ready) return;
+    if (this.runs.of(this.chat)) {
+      note("An answer is being written. Stop it first, or wait.");
+      return;
+    }
+    const at = this.editing ? this.chat.turns.indexOf(this.editing) : this.chat.turns.length;
+    const turn = ask(this.chat, at, this.composer.question);
+    this.stopEditing({ text: "", pictures: [] });
+    clearNote();
+    this.run(turn);
+  }
+
+  /** @param {Turn} turn */
+  async run(turn) {
+    const { chat } = this;
+    const before = turn.answer.text;
+    turn.answer = newAnswer();
+    this.remarks.delete(turn.id);
+    const done = this.runs.start(chat, turn);
+    this.render();
+    this.toEnd();
+    this.focusAfterSending(turn);
+    await done;
+    if (before && before === turn.answer.text && !this.settings.temperature) {
+      this.remarks.set(turn.id, "The same answer again. A temperature above 0, in the settings, brings others.");
+      if (this.chat === chat) this.update(turn);
+    }
+    if (turn.answer.failure?.status === 401) await this.enterKey(turn);
+  }
+
+  /** @param {Turn} turn whose answer is awaited */
+  focusAfterSending(turn) {
+    // On a touch screen the question's focus would bring the keyboard up, and the pressed button is gone.
+    if (mouse.matches) this.composer.focus();
+    else if (document.activeElement === document.body) this.elementOf(turn)?.focus();
+  }
+
+  /** @param {Turn} turn */
+  elementOf(turn) {
+    return /** @type {HTMLElement | null} */ (document.querySelector(`[data-turn="${turn.id}"]`));
+  }
+
+  /** @param {Turn} turn */
+  again(turn) {
+    if (this.runs.of(this.chat)) return;
+    this.chat.turns.splice(this.chat.turns.indexOf(turn) + 1);
+    this.run(turn);
+  }
+
+  /** @param {Turn} turn */
+  async enterKey(turn) {
+    if (this.chat.turns.at(-1) !== turn) return;
+    if (await askForKey("This server asks for a key. It goes to this server only.")) {
+      this.server.watch();
+      this.again(turn);
+    }
+  }
+
+  /** @param {import("./runs.js").Run} run */
+  async prepare({ chat, turn }) {
+    const model = await this.server.model();
+    const turns = chat.turns.slice(0, chat.turns.indexOf(turn) + 1);
+    const body = await requestOf(model, turns, this.settings);
+    const told = turns.filter((each) => each === turn || isTold(each));
+    this.asked = { body, names: told.flatMap(({ pictures }) => pictures.map(({ name }) => name)) };
+    return { body, key: currentKey() };
+  }
+
+  /** @param {import("./runs.js").Run} run */
+  runChanged(run) {
+    const { chat, turn } = run;
+    const running = this.runs.running.has(run);
+    if (chat === this.chat) this.update(turn);
+    if (running) return;
+    const { failure, state } = turn.answer;
+    if (failure && (failure.status === 0 || failure.status === 503)) this.server.watch();
+    if (failure) announce(`${troubleOf(failure).title}. ${failure.message}`);
+    else announce(`${state === "stopped" ? "Stopped" : "Answer"}: ${turn.answer.text}`);
+    if (chat === this.chat) this.showButtons();
+  }
+
+  stop() {
+    this.runs.of(this.chat)?.controller.abort();
+  }
+
+  /**
+   * @param {File} file
+   * @param {string} text
+   */
+  async askExample(file, text) {
+    const draft = this.composer.question;
+    this.composer.set({ text, pictures: [] });
+    await this.composer.add([file]);
+    this.send();
+    this.composer.set(draft);
+  }
+
+  // --- editing ---
+
+  /** @param {Turn} turn */
+  edit(turn) {
+    if (this.runs.of(this.chat)) return;
+    this.draft ??= this.composer.question;
+    this.editing = turn;
+    const at = this.chat.turns.indexOf(turn);
+    const after = this.chat.turns.length - at - 1;
+    const gone = after > 0 ? `, and the ${after === 1 ? "question" : `${after} questions`} after it` : "";
+    byId("editing-text").textContent = `Editing question ${at + 1}. Sending replaces its answer${gone}.`;
+    byId("editing").hidden = false;
+    this.composer.set(turn);
+    this.composer.focus();
+  }
+
+  /** @param {{text: string, pictures: import("./chat.js").Picture[]}} [then] what the composer shows; else what was in it before */
+  stopEditing(then) {
+    const question = then ?? this.draft;
+    this.editing = null;
+    this.draft = undefined;
+    byId("editing").hidden = true;
+    if (question) this.composer.set(question);
+  }
+
+  // --- showing ---
+
+  /** @param {Chat} chat */
+  show(chat) {
+    this.stopEditing();
+    this.chat = chat;
+    clearNote();
+    closeSidebar();
+    this.render();
+    this.toEnd();
+    if (mouse.matches) this.composer.focus();
+  }
+
+  /** Makes the whole chat anew. */
+  render() {
+    const { turns, title, id } = this.chat;
+    byId("turns").replaceChildren(...turns.map((turn) => makeTurn(turn, this.placeOf(turn))));
+    byId("welcome").hidden = turns.length > 0;
+    byId("chat-title").textContent = title;
+    document.title = turns.length > 0 ? `${title} – MiniGPT-4` : "MiniGPT-4";
+    history.replaceState(null, "", turns.length > 0 ? `#chat=${id}` : location.pathname);
+    for (const turn of turns) this.update(turn);
+    this.showButtons();
+    this.list();
+  }
+
+  /** @param {Turn} turn */
+  placeOf(turn) {
+    const index = this.chat.turns.indexOf(turn);
+    const running = this.runs.of(this.chat)?.turn === turn;
+    const remark = this.remarks.get(turn.id) ?? "";
+    return { index, last: turn === this.chat.turns.at(-1), running, remark, acts: this.acts };
+  }
+
+  /** @param {Turn} turn */
+  update(turn) {
+    const element = this.elementOf(turn);
+    if (!element) return;
+    const log = byId("log");
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    showAnswer(element, turn, this.placeOf(turn));
+    const run = this.runs.of(this.chat);
+    if (run?.turn === turn) showWait(element, waitText(run, { beams: this.settings.num_beams ?? 1 }));
+    if (atEnd) this.toEnd();
+  }
+
+  toEnd() {
+    byId("log").scrollTop = byId("log").scrollHeight;
+  }
+
+  showButtons() {
+    const running = this.runs.of(this.chat) !== undefined;
+    const focused = document.activeElement === byId("stop");
+    byId("stop").hidden = !running;
+    byId("send").hidden = running;
+    if (focused && !running) this.composer.focus();
+    const empty = this.chat.turns.length === 0;
+    byId("open-export").disabled = empty || running;
+    byId("open-code").disabled = this.asked === null;
+    this.showContext();
+  }
+
+  showContext() {
+    const used = this.chat.turns.findLast(({ answer }) => answer.stats?.used)?.answer.stats.used;
+    const { context } = this.server;
+    const place = byId("context-use");
+    place.hidden = !used || !context;
+    if (place.hidden) return;
+    place.textContent = `${used.toLocaleString("en")} of ${context.toLocaleString("en")} tokens`;
+    place.classList.toggle("nearly-full", used > 0.85 * context);
+  }
+
+  // --- history ---
+
+  /** @param {Chat} chat */
+  async keep(chat) {
+    await this.history.keep(chat);
+    if (chat === this.chat) this.afterKeeping();
+    await this.list();
+  }
+
+  afterKeeping() {
+    byId("chat-title").textContent = this.chat.title;
+    if (this.chat.turns.length > 0) history.replaceState(null, "", `#chat=${this.chat.id}`);
+  }
+
+  async list() {
+    showChats(await this.history.store.list(), this.chat.id, {
+      open: (id) => this.open(id),
+      rename: (id) => this.rename(id),
+      remove: (id) => this.remove(id),
+    });
+  }
+
+  /** @param {string} id */
+  async find(id) {
+    if (id === this.chat.id) return this.chat;
+    const running = [...this.runs.running].find(({ chat }) => chat.id === id);
+    return running?.chat ?? (await this.history.store.load(id));
+  }
+
+  /** @param {string} id */
+  async open(id) {
+    const chat = await this.find(id);
+    if (chat) this.show(chat);
+  }
+
+  /** @param {string} id */
+  async rename(id) {
+    const chat = await this.find(id);
+    const title = chat && (await askForTitle(chat.title));
+    if (!title) return;
+    Object.assign(chat, { title, named: true });
+    await this.keep(chat);
+    if (chat === this.chat) this.render();
+  }
+
+  /** @param {string} id */
+  async remove(id) {
+    const chat = await this.find(id);
+    if (!chat) return;
+    const text = `“${chat.title}” and its pictures are gone then; nobody else has them.`;
+    if (!(await confirm({ title: "Delete this chat?", text, yes: "Delete" }))) return;
+    await this.runs.end(chat);
+    await this.history.store.remove(chat.id);
+    if (chat.id === this.chat.id) this.show(newChat());
+    else await this.list();
+    announce("Chat deleted");
+  }
+
+  async removeAll() {
+    const text = "All chats of this browser and their pictures are gone then; nobody else has them.";
+    if (!(await confirm({ title: "Delete all chats?", text, yes: "Delete all" }))) return;
+    await this.runs.end();
+    await this.history.store.clear();
+    this.show(newChat());
+    announce("All chats deleted");
+  }
+
+  /** @param {string} id of a chat that another tab kept or deleted; "" for all */
+  async changedElsewhere(id) {
+    await this.list();
+    const concerned = id === this.chat.id || id === "";
+    if (!concerned || this.chat.revision === 0 || this.runs.of(this.chat)) return;
+    const chat = await this.history.store.load(this.chat.id);
+    if (chat) {
+      this.stopEditing();
+      this.chat = chat;
+      this.render();
+    } else {
+      this.show(newChat());
+      note("The chat was deleted in another tab.");
+    }
+  }
+
+  // --- buttons ---
+
+  start() {
+    const clicks = {
+      "new-chat": () => this.show(newChat()),
+      "delete-all": () => this.removeAll(),
+      "open-key": async () => (await askForKey("Servers that others can reach ask for one. It goes to this server only.")) && this.server.watch(),
+      "open-settings": () => openDialog("settings"),
+      "changed-settings": () => openDialog("settings"),
+      "open-export": () => offerDownload(this.chat, this.server.name),
+      "open-code": () => showCode(this.asked),
+      "cancel-edit": () => this.stopEditing(),
+      "to-end": () => this.toEnd(),
+      stop: () => this.stop(),
+    };
+    for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
+    addEventListener("keydown", (event) => this.key(event));
+    byId("log").addEventListener("scroll", () => this.showToEnd(), { passive: true });
+    this.history.store.onChange((id) => this.changedElsewhere(id));
+    startExamples((file, question) => this.askExample(file, question));
+    startSettings((settings) => this.settingsChanged(settings));
+    startTheme();
+    startSidebar();
+    this.server.watch();
+  }
+
+  /** @param {KeyboardEvent} event */
+  key(event) {
+    if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+    if (this.runs.of(this.chat)) this.stop();
+    else if (this.editing) this.stopEditing();
+  }
+
+  showToEnd() {
+    const log = byId("log");
+    byId("to-end").hidden = log.scrollHeight - log.scrollTop - log.clientHeight < 200;
+  }
+
+  /** @param {Record<string, number>} settings */
+  settingsChanged(settings) {
+    this.settings = settings;
+    const changed = FIELDS.filter(({ name }) => name in settings);
+    const chip = byId("changed-settings");
+    chip.hidden = changed.length === 0;
+    chip.textContent = changed.map(({ name, label }) => `${label} ${settings[name]}`).join(" · ");
+  }
+}
+
+const app = new App(await openHistory());
+app.start();
+const wanted = /^#chat=([0-9a-f]{32})$/.exec(location.hash)?.[1];
+const kept = wanted ? await app.history.store.load(wanted) : null;
+app.show(kept ?? newChat());
+document.documentElement.dataset.ready = "yes";

@@ -1,0 +1,143 @@
+// For: the question that is being written: text, pictures, keys, dropping and pasting.
+// Not for: sending it (app.js) nor what a picture may be (pictures.js).
+
+import { announce, byId, note } from "./dom.js";
+import { LIMITS, PictureRefused, readPicture } from "./pictures.js";
+import { showThumbs } from "./view.js";
+
+/** @typedef {import("./chat.js").Picture} Picture */
+
+export class Composer {
+  /**
+   * @param {{send: () => void, others: () => Picture[]}} app `others`: pictures that the request carries beside these
+   */
+  constructor({ send, others }) {
+    this.text = /** @type {HTMLTextAreaElement} */ (byId("question"));
+    /** @type {Picture[]} */
+    this.pictures = [];
+    this.others = others;
+    this.reading = 0;
+    this.text.addEventListener("input", () => this.changed());
+    this.text.addEventListener("keydown", (event) => {
+      // An input method's Enter ends its own word and sends nothing.
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      send();
+    });
+    byId("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      send();
+    });
+    this.startPicking();
+    this.startDropping();
+    document.addEventListener("paste", (event) => this.paste(event));
+    this.changed();
+  }
+
+  /** @returns {boolean} whether there is something to send */
+  get ready() {
+    return this.reading === 0 && (this.text.value.trim() !== "" || this.pictures.length > 0);
+  }
+
+  /** @returns {{text: string, pictures: Picture[]}} */
+  get question() {
+    return { text: this.text.value.trim(), pictures: [...this.pictures] };
+  }
+
+  /** @param {{text: string, pictures: Picture[]}} question */
+  set({ text, pictures }) {
+    this.text.value = text;
+    this.pictures = [...pictures];
+    this.changed();
+  }
+
+  focus() {
+    this.text.focus();
+  }
+
+  changed() {
+    this.text.style.height = "auto";
+    this.text.style.height = `${this.text.scrollHeight}px`;
+    showThumbs(this.pictures, (picture) => this.remove(picture));
+    const button = /** @type {HTMLButtonElement} */ (byId("send"));
+    button.setAttribute("aria-disabled", String(!this.ready));
+  }
+
+  /** @param {Picture} picture */
+  remove(picture) {
+    this.pictures = this.pictures.filter((each) => each !== picture);
+    announce(`${picture.name} removed`);
+    this.changed();
+    this.focus();
+  }
+
+  /**
+   * Reads files one after the other, in their order.
+   * @param {File[]} files
+   */
+  async add(files) {
+    const remarks = [];
+    this.reading += 1;
+    this.changed();
+    for (const file of files) {
+      const before = [...this.others(), ...this.pictures];
+      if (before.length >= LIMITS.count) {
+        remarks.push(`One request takes ${LIMITS.count} pictures, earlier questions' too; ${file.name} was left out.`);
+        continue;
+      }
+      try {
+        const taken = before.reduce((sum, { blob }) => sum + blob.size, 0);
+        const { picture, remark } = await readPicture(file, taken);
+        this.pictures.push(picture);
+        if (remark) remarks.push(remark);
+      } catch (error) {
+        if (!(error instanceof PictureRefused)) throw error;
+        remarks.push(error.message);
+      }
+    }
+    this.reading -= 1;
+    this.changed();
+    if (remarks.length > 0) note(remarks.join(" "));
+    else if (files.length > 0) announce(files.length === 1 ? "Picture added" : `${files.length} pictures added`);
+    this.focus();
+  }
+
+  startPicking() {
+    const pairs = { pick: "files", shoot: "camera", "welcome-pick": "files" };
+    for (const [button, input] of Object.entries(pairs)) byId(button).onclick = () => byId(input).click();
+    for (const id of ["files", "camera"]) {
+      const input = /** @type {HTMLInputElement} */ (byId(id));
+      input.onchange = async () => {
+        await this.add([...input.files]);
+        input.value = ""; // else the same file again would be no change
+      };
+    }
+  }
+
+  startDropping() {
+    const cover = byId("drop");
+    const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+    addEventListener("dragover", (event) => {
+      if (!hasFiles(event)) return;
+      event.preventDefault();
+      cover.hidden = false;
+    });
+    addEventListener("dragleave", (event) => {
+      if (!event.relatedTarget) cover.hidden = true;
+    });
+    addEventListener("drop", (event) => {
+      if (!hasFiles(event)) return;
+      event.preventDefault();
+      cover.hidden = true;
+      if (!document.querySelector("dialog[open]")) this.add([...event.dataTransfer.files]);
+    });
+  }
+
+  /** @param {ClipboardEvent} event */
+  paste(event) {
+    const files = [...(event.clipboardData?.files ?? [])];
+    if (files.length === 0 || document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    this.add(files);
+  }
+}

@@ -1,0 +1,429 @@
+"""guards.py and bodies.py: each guard refuses what it should, in OpenAI's shape, and lets everything else through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minigpt4_jax.serving import guards
+from minigpt4_jax.serving.bodies import BodyGuard
+from minigpt4_jax.serving.errors import overloaded
+from minigpt4_jax.serving.guards import (
+    Frame,
+    HostGuard,
+    InFlight,
+    KeyGuard,
+    Refusals,
+    allowed_names,
+    host_name,
+)
+
+CHAT = "/v1/chat/completions"
+KEYS = ("first-key-0123456789", "second-key-0123456789")
+
+
+@dataclass
+class Reply:
+    """What an application answered."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    @property
+    def error(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.body)
+        assert set(found) == {"error"}
+        assert set(found["error"]) == {"message", "type", "param", "code"}
+        return found["error"]
+
+
+async def ask(
+    app: ASGIApp,
+    *,
+    method: str = "POST",
+    path: str = CHAT,
+    headers: dict[str, str] | None = None,
+    parts: Sequence[bytes] = (b"{}",),
+    client: str = "127.0.0.1",
+    hang: bool = False,
+) -> Reply:
+    """Asks an ASGI application; with `hang` the last part of the body never comes."""
+    sent: dict[str, str] = {"host": "localhost:8000"}
+    if method == "POST":
+        sent |= {"content-type": "application/json", "transfer-encoding": "chunked"}
+    scope: Scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "client": (client, 5),
+        "headers": [(n.lower().encode(), v.encode()) for n, v in {**sent, **(headers or {})}.items() if v],
+    }  # fmt: skip
+    left = list(parts)
+    reply = Reply()
+
+    async def receive() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or hang}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            assert reply.status == 0
+            reply.status = message["status"]
+            reply.headers = {n.decode(): v.decode() for n, v in message["headers"]}
+        else:
+            reply.body += message.get("body", b"")
+
+    await app(scope, receive, send)
+    return reply
+
+
+def run(app: ASGIApp, **kwargs: Any) -> Reply:
+    return asyncio.run(ask(app, **kwargs))
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the body that reached it."""
+    body, more = b"", scope["method"] == "POST"
+    while more:
+        message = await receive()
+        body += message["body"]
+        more = message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def framed(app: ASGIApp, rejected: Callable[[str], None] = lambda code: None) -> ASGIApp:
+    return Frame(Refusals(app, rejected=rejected), responded=lambda path, status: None)
+
+
+def keyed(app: ASGIApp, keys: Sequence[str] = ()) -> ASGIApp:
+    return framed(KeyGuard(app, keys=keys, open_paths=("/health", "/")))
+
+
+# --- ids, headers, errors ---
+
+
+def test_every_response_has_an_id_and_a_sane_one_of_the_client_is_kept() -> None:
+    assert run(framed(echo), headers={"x-request-id": "abc-1.2_Z"}).headers["x-request-id"] == (
+        "abc-1.2_Z"
+    )
+    ids = {run(framed(echo)).headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize("given", ["a b", "x" * 65, "a\tb", "ä", "a;b", "<b>"])
+def test_an_id_that_could_write_into_the_log_is_replaced(given: str) -> None:
+    found = run(framed(echo), headers={"x-request-id": given}).headers["x-request-id"]
+    assert found != given
+    assert guards.SANE_ID.fullmatch(found)
+
+
+def test_every_response_has_the_headers_unless_its_route_says_otherwise() -> None:
+    async def cached(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    found = run(framed(echo)).headers
+    assert {name: found[name] for name in guards.HEADERS} == guards.HEADERS
+    assert run(framed(cached)).headers["cache-control"] == "no-cache"
+
+
+def test_a_mistake_of_ours_is_a_500_without_its_text_and_a_traceback_with_the_id_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("secret at 0x7f00")
+
+    reply = run(framed(broken), headers={"x-request-id": "the-id"}, parts=())
+    assert reply.status == 500
+    assert reply.error["code"] == "internal_error"
+    assert b"secret" not in reply.body
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "[the-id]" in record.getMessage()
+
+
+def test_a_mistake_behind_the_first_byte_cuts_the_connection_and_sends_no_second_response() -> None:
+    cut: list[bool] = []
+
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["abort"] = lambda: cut.append(True)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise KeyError
+
+    reply = run(framed(broken), method="GET")
+    assert (reply.status, reply.body, cut) == (200, b"", [True])
+
+
+def test_a_refusal_has_its_status_and_headers_and_is_counted() -> None:
+    async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        raise overloaded("Full.", retry_after_s=7)
+
+    codes: list[str] = []
+    reply = run(framed(busy, codes.append), method="GET")
+    assert (reply.status, reply.headers["retry-after"]) == (429, "7")
+    assert reply.error == {
+        "message": "Full.",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "rate_limit_exceeded",
+    }
+    assert codes == ["rate_limit_exceeded"]
+
+
+def test_the_log_has_the_path_and_neither_query_nor_key(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run(keyed(echo, KEYS), method="GET", headers={"authorization": f"Bearer {KEYS[0]}"})
+    (line,) = [r.getMessage() for r in caplog.records if r.name.endswith("access")]
+    assert f"GET {CHAT} 200" in line
+    assert KEYS[0] not in caplog.text
+
+
+def test_a_refused_body_is_read_and_dropped_so_that_the_refusal_arrives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guards, "LINGER_S", 0.05)
+    app = keyed(echo, KEYS)
+    for hang in (False, True):
+        reply = run(app, parts=[b"x"] * 50, hang=hang)
+        assert (reply.status, reply.headers["connection"]) == (401, "close")
+        assert reply.error["code"] == "invalid_api_key"
+
+
+# --- hosts ---
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("localhost", "localhost"), ("LOCALHOST:80", "localhost"), ("127.0.0.1:8000", "127.0.0.1"),
+        ("[::1]:8000", "::1"), ("[::1]", "::1"), ("", ""), ("a b", ""), ("localhost@evil.example", ""),
+        ("evil.example/localhost", ""), ("evil.example\\localhost", ""), ("::1", ""), ("localhost:80:80", ""),
+        ("localhost:x", ""), ("localhost.evil.example", "localhost.evil.example"),
+    ],
+)  # fmt: skip
+def test_a_host_header_is_read_as_a_name_or_not_at_all(host: str, name: str) -> None:
+    assert host_name(host) == name
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("127.0.0.1:1", 200), ("[::1]:8000", 200), ("LocalHost:8000", 200),
+        ("evil.example", 421), ("localhost.evil.example", 421), ("127.0.0.1.evil.example:8000", 421), ("", 421),
+    ],
+)  # fmt: skip
+def test_a_name_that_was_rebound_to_this_machine_is_refused(host: str, status: int) -> None:
+    names = allowed_names("127.0.0.1", loopback=True, allowed_hosts=())
+    app = framed(HostGuard(echo, names=names, open_paths=("/health",)))
+    assert run(app, method="GET", headers={"host": host}).status == status
+    assert run(app, method="GET", path="/health", headers={"host": host}).status == 200
+
+
+def test_listed_names_replace_the_usual_ones_and_elsewhere_every_name_is_answered_to() -> None:
+    assert allowed_names("0.0.0.0", loopback=False, allowed_hosts=()) == ()
+    names = allowed_names("127.0.0.1", loopback=True, allowed_hosts=("chat.example.org",))
+    app = framed(HostGuard(echo, names=names, open_paths=()))
+    assert run(app, method="GET", headers={"host": "chat.example.org"}).status == 200
+    assert run(app, method="GET", headers={"host": "localhost"}).status == 421
+    everybody = framed(HostGuard(echo, names=(), open_paths=()))
+    assert run(everybody, method="GET", headers={"host": "any.example"}).status == 200
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("header", ["authorization: Bearer", "authorization: bearer", "x-api-key:"])
+def test_any_of_the_keys_opens_in_either_header(key: str, header: str) -> None:
+    name, _, scheme = header.partition(":")
+    value = f"{scheme.strip()} {key}".strip()
+    assert run(keyed(echo, KEYS), headers={name: value}).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {}, {"authorization": ""}, {"authorization": "Bearer"}, {"authorization": "Bearer "},
+        {"authorization": f"Basic {KEYS[0]}"}, {"authorization": KEYS[0]}, {"x-api-key": KEYS[0][:-1]},
+        {"x-api-key": KEYS[0] + "x"}, {"x-api-key": KEYS[0].upper()}, {"authorization": "Bearer ä"},
+        {"authorization": "Bearer no", "x-api-key": KEYS[0]},
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_with_what_to_send(headers: dict[str, str]) -> None:
+    reply = run(keyed(echo, KEYS), headers=headers)
+    assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
+    assert reply.error["code"] == "invalid_api_key"
+    assert "Authorization: Bearer KEY" in reply.error["message"]
+    assert not any(key in reply.body.decode() for key in KEYS)
+
+
+def test_every_key_is_compared_so_that_the_clock_tells_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        seen.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(guards.hmac, "compare_digest", compare)
+    run(keyed(echo, KEYS), headers={"x-api-key": KEYS[0]})
+    assert len(seen) == len(KEYS)
+    assert {len(digest) for pair in seen for digest in pair} == {32}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "//", "/health/", "//health", "/Health", "/health/../metrics", "/x"]
+)
+def test_only_the_exact_open_paths_are_open(path: str) -> None:
+    expected = 200 if path in ("/", "/health") else 401
+    assert run(keyed(echo, KEYS), method="GET", path=path).status == expected
+
+
+# --- how many at once ---
+
+
+async def together(app: ASGIApp, asked: Sequence[dict[str, Any]], release: asyncio.Event) -> Any:
+    """Begins all, lets every one go as far as it can, then releases those that are inside."""
+    tasks = [asyncio.create_task(ask(app, **one)) for one in asked]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    inside = sum(not task.done() for task in tasks)
+    release.set()
+    return inside, [reply.status for reply in await asyncio.gather(*tasks)]
+
+
+@pytest.mark.parametrize(
+    ("clients", "inside", "statuses"),
+    [
+        (["1.1.1.1"] * 3, 2, [200, 200, 429]),
+        (["1.1.1.1", "2.2.2.2", "1.1.1.1", "3.3.3.3"], 3, [200, 200, 200, 429]),
+        (["2001:db8::1", "2001:db8::2", "2001:db8::3"], 2, [200, 200, 429]),
+        (["::ffff:1.1.1.1", "1.1.1.1", "1.1.1.1"], 2, [200, 200, 429]),
+    ],
+)
+def test_one_caller_and_all_together_have_a_bound_and_a_place_is_free_again_behind_it(
+    clients: list[str], inside: int, statuses: list[int]
+) -> None:
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            await release.wait()
+            await echo(scope, receive, send)
+
+        app = keyed(InFlight(slow, max_per_caller=2, max_total=3))
+        assert await together(app, [{"client": client} for client in clients], release) == (
+            inside,
+            statuses,
+        )
+        assert (await ask(app, client=clients[0])).status == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_key_counts_the_same_from_everywhere_and_reading_alone_is_not_counted() -> None:
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            await release.wait()
+            await echo(scope, receive, send)
+
+        app = keyed(InFlight(slow, max_per_caller=1, max_total=9), KEYS)
+        asked = [
+            {"client": "1.1.1.1", "headers": {"x-api-key": KEYS[0]}},
+            {"client": "2.2.2.2", "headers": {"x-api-key": KEYS[0]}},
+            {"client": "1.1.1.1", "headers": {"x-api-key": KEYS[1]}},
+            {"client": "1.1.1.1", "headers": {"x-api-key": KEYS[0]}, "method": "GET"},
+        ]
+        assert await together(app, asked, release) == (3, [200, 429, 200, 200])
+
+    asyncio.run(scenario())
+
+
+# --- bodies ---
+
+
+def bounded(app: ASGIApp = echo, *, timeout_s: float = 60.0) -> ASGIApp:
+    return framed(BodyGuard(app, paths=(CHAT,), max_bytes=100, timeout_s=timeout_s))
+
+
+def test_a_body_arrives_whole_whatever_its_parts() -> None:
+    assert run(bounded(), parts=[b"a" * 50, b"", b"b" * 50]).body == b"a" * 50 + b"b" * 50
+    assert run(bounded(), headers={"content-length": "2", "transfer-encoding": ""}).body == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "parts"),
+    [({"content-length": "101", "transfer-encoding": ""}, []), ({}, [b"a" * 60, b"b" * 41])],
+)
+def test_a_body_that_is_too_large_is_refused_announced_or_come(
+    headers: dict[str, str], parts: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "LINGER_S", 0.05)
+    reached: list[bool] = []
+
+    async def note(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(True)
+
+    reply = run(bounded(note), headers=headers, parts=parts, hang=True)
+    assert (reply.status, reply.headers["connection"]) == (413, "close")
+    assert reply.error["code"] == "request_too_large"
+    assert "expected at most 100" in reply.error["message"]
+    assert not reached
+
+
+def test_a_body_that_does_not_end_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "LINGER_S", 0.01)
+    reply = run(bounded(timeout_s=0.01), parts=[b"{"], hang=True)
+    assert (reply.status, reply.error["code"]) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "text/plain"}, {"content-type": ""}, {"content-type": "multipart/form-data; boundary=x"},
+        {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "application/jsonp"},
+        {"content-encoding": "gzip"},
+    ],
+)  # fmt: skip
+def test_a_body_that_a_page_of_another_site_could_send_is_refused(headers: dict[str, str]) -> None:
+    reply = run(bounded(), headers=headers)
+    assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/JSON; charset=utf-8"])
+def test_json_is_taken_however_it_is_spelled(kind: str) -> None:
+    assert run(bounded(), headers={"content-type": kind}).status == 200
+
+
+def test_a_client_that_leaves_in_its_body_is_nobodys_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> list[Message]:
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": CHAT, "raw_path": b"", "client": None,
+            "headers": [(b"content-length", b"5"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        await bounded()(scope, receive, send)
+        return sent
+
+    assert asyncio.run(scenario()) == []
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

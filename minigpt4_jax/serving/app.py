@@ -112,6 +112,7 @@ def make_app(
             "/metrics": told.metrics,
         },
         vocab_size=model.tokenizer.vocab_size,
+        keyed=bool(keys),
     )
     app.router.routes.extend(page_routes(page))
     return app

@@ -61,7 +61,8 @@ def read_response(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
     while len(body) < int(headers["content-length"]):
         body += connection.recv(65536)
-    return int(first.split()[1]), headers, json.loads(body)
+    whole = json.loads(body[: int(headers["content-length"])])
+    return int(first.split()[1]), headers, whole
 
 
 def assert_refused(found: tuple[int, dict[str, str], Any], status: int) -> None:

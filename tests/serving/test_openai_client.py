@@ -24,6 +24,7 @@ from tests.serving.running import LIMIT_S, Running, run_server
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COFFEE, FLOWER = EXAMPLES / "coffee.jpg", EXAMPLES / "flower.jpg"
 WHAT = "What is this?"
+THEN = "Is it hot?"
 DRAWN = {"temperature": 0.8, "seed": 7, "max_tokens": 10}
 KEY = "a-key-0123456789ab"
 
@@ -39,13 +40,13 @@ class Smol:
     drawn: list[Answer]
     two_pictures: list[Answer]
     text_only: list[Answer]
+    chat: list[str]
 
 
 @pytest.fixture(scope="module")
 def smol() -> Iterator[Smol]:
     model = MiniGPT4.load("smol", context=128, num_slots=4)
     model.engine.compile_core()  # the same programs for both ways
-    preset = model.preset.generation
 
     def answers(images: Any, generation: GenerationConfig, n: int = 1) -> list[Answer]:
         (found,) = model.generate([images], [WHAT], generation=generation, n=n, logprobs=True)
@@ -53,11 +54,14 @@ def smol() -> Iterator[Smol]:
 
     short = GenerationConfig(max_new_tokens=10)
     said = {
-        "greedy": answers(COFFEE, preset),
+        "greedy": answers(COFFEE, GenerationConfig(max_new_tokens=40)),
         "drawn": answers(COFFEE, GenerationConfig(temperature=0.8, seed=7, max_new_tokens=10), n=2),
         "two_pictures": answers([COFFEE, FLOWER], short),
         "text_only": answers(None, short),
     }
+    chat = model.start_chat(short)
+    chat.add_image(COFFEE)
+    turns = ["".join(chat.stream(question)) for question in (WHAT, THEN)]
     config = ServeConfig(
         port=0, context=128, num_slots=4, limits=LimitsConfig(request_timeout_s=LIMIT_S)
     )
@@ -65,7 +69,7 @@ def smol() -> Iterator[Smol]:
         run_server(model, config, keys=(KEY,)) as running,
         openai.OpenAI(base_url=running.base_url, api_key=KEY, max_retries=0) as client,
     ):
-        yield Smol(running, client, model, **said)
+        yield Smol(running, client, model, chat=turns, **said)
 
 
 def picture(path: Path) -> dict[str, Any]:
@@ -159,20 +163,19 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(smol: Smol) -> None:
     assert text_of(stream) == "This is a cup"
 
 
-def test_turns_are_remembered_and_their_prompt_is_not_read_again(smol: Smol) -> None:
+def test_turns_are_remembered_as_in_a_chat(smol: Smol) -> None:
     create = smol.client.chat.completions.create
     messages = ask(COFFEE)
-    first = create(model="smol", messages=messages)
+    first = create(model="smol", messages=messages, max_tokens=10)
     messages += [
         {"role": "assistant", "content": first.choices[0].message.content},
-        {"role": "user", "content": "Is it hot?"},
+        {"role": "user", "content": THEN},
     ]
-    second = create(model="smol", messages=messages, max_tokens=8)
-    assert second.usage is not None
-    assert first.usage is not None
-    assert second.usage.prompt_tokens > first.usage.prompt_tokens
-    assert second.usage.prompt_tokens_details is not None
-    assert second.usage.prompt_tokens_details.cached_tokens
+    second = create(model="smol", messages=messages, max_tokens=10)
+    texts = [found.choices[0].message.content for found in (first, second)]
+    assert texts == smol.chat
+    forgetful = create(model="smol", messages=messages[2:], max_tokens=10)
+    assert forgetful.choices[0].message.content != texts[1]
 
 
 # --- errors ---

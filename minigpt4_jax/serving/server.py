@@ -178,7 +178,7 @@ class Server:
                 write_timeout_s=limits.write_timeout_s,
             ),
             ws="none",
-            lifespan="on",
+            lifespan="off",  # `_run` does it: uvicorn logs a traceback for one that a second signal cuts off
             log_config=None,
             access_log=False,  # guards.Frame writes one, with the request's id and without its query
             proxy_headers=False,  # else a client names its own address
@@ -214,7 +214,8 @@ class Server:
         self._say(f"Listening at {self.address}; compiling what requests need.")
         announcing = self._loop.create_task(self._announce())
         try:
-            await self._uvicorn.serve([self._listener])
+            async with self.app.router.lifespan_context(self.app):
+                await self._uvicorn.serve([self._listener])
         finally:
             announcing.cancel()
             if self._code == 0:  # else its thread may hang, or somebody asked to end at once

@@ -30,6 +30,7 @@ class Running:
     server: Server
     said: list[str]
     codes: list[int] = field(default_factory=list)
+    stopping: bool = False
 
     @property
     def port(self) -> int:
@@ -38,6 +39,11 @@ class Running:
     @property
     def base_url(self) -> str:
         return f"{self.server.address}/v1"
+
+    def stop(self) -> None:
+        """As a signal."""
+        self.stopping = True
+        self.server.stop()
 
     def ask(
         self,
@@ -63,6 +69,10 @@ class Running:
     def chat(self, **fields: Any) -> tuple[int, dict[str, str], Any]:
         """Asks for a chat completion."""
         return self.ask("POST", CHAT, chat_body(self.server, **fields))
+
+    def chat_with_key(self, key: str, **fields: Any) -> tuple[int, dict[str, str], Any]:
+        """As `chat`, with a key."""
+        return self.ask("POST", CHAT, chat_body(self.server, **fields), {"x-api-key": key})
 
     def connect(self) -> socket.socket:
         """A connection for bytes of any kind."""
@@ -117,6 +127,7 @@ def run_server(
             assert ready.wait(LIMIT_S), said
             yield running
         finally:
-            server.stop()
+            if not running.stopping:
+                server.stop()
             thread.join(LIMIT_S)
             assert not thread.is_alive()

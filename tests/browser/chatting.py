@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COFFEE, FLOWER = EXAMPLES / "coffee.jpg", EXAMPLES / "flower.jpg"
@@ -113,10 +114,7 @@ class Chatting:
         """Picks files: paths, or `{"name", "mimeType", "buffer"}`."""
         before = self.thumbs.count()
         self.page.set_input_files("#files", list(files))
-        self.page.wait_for_function(
-            "count => document.querySelectorAll('#attached li').length === count",
-            arg=before + len(files),
-        )
+        expect(self.thumbs).to_have_count(before + len(files))
 
     def transfer(self, *files: tuple[str, bytes]) -> Any:
         """A DataTransfer with files, as dropping and pasting hand them over."""
@@ -151,6 +149,15 @@ class Chatting:
             self.page.fill(f"#set-{name}", str(value))
         self.page.keyboard.press("Escape")
 
+    def until(self, expression: str) -> Any:
+        """Waits until JavaScript gives a true value. (Playwright's own `wait_for_function` needs `eval`, which the
+        page's policy forbids.)"""
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
+        while not (value := self.page.evaluate(expression)):
+            assert time.monotonic() < deadline, f"{expression} stays {value}"
+            self.page.wait_for_timeout(20)
+        return value
+
     # --- what is there ---
 
     @property
@@ -160,11 +167,6 @@ class Chatting:
     @property
     def thumbs(self) -> Locator:
         return self.page.locator("#attached li")
-
-    @property
-    def announced(self) -> str:
-        """What a screen reader was told last."""
-        return self.page.inner_text("#announcer")
 
     def axe_violations(self) -> str:
         """What axe-core finds on the page as it is now; empty for nothing."""

@@ -26,7 +26,7 @@ def test_an_answer_grows_word_by_word_and_is_announced_once_when_it_is_whole(
     chat.page.evaluate(RECORD)
     chat.set(max_tokens=12)
     answer = chat.ask(LONG)
-    chat.page.wait_for_function("said.length > 0")
+    chat.until("said.length > 0")
     lengths = [length for length, writing in chat.page.evaluate("seen") if writing]
     assert len(set(lengths)) > 4
     assert lengths == sorted(lengths)
@@ -82,7 +82,7 @@ def test_an_edited_question_keeps_its_picture_and_replaces_what_came_after(chat:
     assert chat.page.input_value("#question") == "What is this?"
     assert chat.thumbs.count() == 1
     chat.send("Describe this picture.")
-    chat.page.wait_for_function("document.querySelectorAll('.turn').length === 1")
+    chat.until("document.querySelectorAll('.turn').length === 1")
     chat.finished()
     content = chat.bodies[-1]["messages"][0]["content"]
     assert len(chat.bodies[-1]["messages"]) == 1

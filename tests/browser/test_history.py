@@ -54,7 +54,7 @@ def test_an_answer_that_a_reload_cut_is_kept_as_far_as_it_came(chat: Chatting) -
     chat.set(max_tokens=800)
     chat.send(LONG)
     # The page keeps an answer every two seconds while it grows.
-    chat.page.wait_for_function(
+    chat.until(
         """() => new Promise((resolve) => {
           const opening = indexedDB.open("minigpt4");
           opening.onsuccess = () => {
@@ -91,7 +91,7 @@ def test_chats_are_opened_renamed_and_deleted_with_their_pictures(short: Chattin
     page.get_by_role("button", name="Delete “<b>Coffee</b>”").click()
     page.get_by_role("button", name="Delete", exact=True).click()
     page.wait_for_selector("#welcome")
-    page.wait_for_function("document.querySelectorAll('.chat-link').length === 1")
+    short.until("document.querySelectorAll('.chat-link').length === 1")
     assert listed(short) == ["What is a saucer?"]
     assert page.evaluate(PICTURES_KEPT) == 0
 
@@ -127,7 +127,7 @@ def test_an_answer_goes_on_while_another_chat_is_shown(chat: Chatting) -> None:
     chat.page.wait_for_selector(".turn.writing")
     chat.page.click("#new-chat")
     assert chat.turns.count() == 0
-    chat.page.wait_for_function("document.querySelector('#announcer').textContent !== ''")
+    chat.until("document.querySelector('#announcer').textContent !== ''")
     chat.page.locator(".chat-link").click()
     assert "30 tokens" in chat.turns.locator(".stats").inner_text()
 
@@ -167,10 +167,9 @@ def test_a_tab_shows_what_another_tab_changed_and_deleted(short: Chatting) -> No
 
 
 def test_a_full_disk_is_said_and_the_chat_goes_on(short: Chatting) -> None:
-    short.page.evaluate(
-        "IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceededError'); }"
-    )
-    short.page.evaluate("addEventListener('error', (event) => event.preventDefault())")
+    devtools = short.context.new_cdp_session(short.page)
+    devtools.send("Storage.overrideQuotaForOrigin", {"origin": short.address, "quotaSize": 1})
+    short.choose(COFFEE)
     assert short.ask("What is a cup?") != ""
     short.page.wait_for_selector(".note:has-text('is full, and this chat is not kept')")
     assert short.ask("What is a saucer?") != ""
@@ -231,11 +230,11 @@ def test_the_last_request_is_shown_as_code_that_is_valid(short: Chatting) -> Non
     assert "What'\\''s" in curl
     assert "base64,/9j/" in curl
     assert len(curl) < 1500
-    short.page.get_by_text("Python", exact=True).click()
+    short.page.get_by_role("radio", name="Python").check()
     code = short.page.inner_text("#code-text")
     ast.parse(code)
     assert 'extra_body={"top_k":5}' in code
     assert 'picture("coffee.jpg", "image/jpeg")' in code
-    short.page.get_by_role("button", name="Copy").click()
-    short.page.wait_for_function("document.querySelector('#announcer').textContent === 'Copied'")
+    short.page.get_by_role("button", name="Copy", exact=True).click()
+    short.until("document.querySelector('#announcer').textContent === 'Copied'")
     assert short.page.evaluate("navigator.clipboard.readText()") == code

@@ -57,7 +57,7 @@ def test_a_broken_policy_would_be_noticed(chat: Chatting) -> None:
     chat.page.evaluate(
         "document.body.append(Object.assign(new Image(), { src: 'https://example.org/x.png' }))"
     )
-    chat.page.wait_for_function("violations.length > 0")
+    chat.until("violations.length > 0")
     with pytest.raises(
         AssertionError, match=r"content security policy: img-src https://example.org"
     ):

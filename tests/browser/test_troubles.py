@@ -179,7 +179,7 @@ def test_the_key_is_no_part_of_the_address_or_the_code(chat: Chatting) -> None:
     chat.ask("What is a cup?")
     chat.page.click("#open-code")
     for language in ("curl", "Python"):
-        chat.page.get_by_text(language, exact=True).click()
+        chat.page.get_by_role("radio", name=language).check()
         assert KEY not in chat.page.inner_text("#code-text")
     assert KEY not in chat.page.url
     request = urllib.request.Request(f"{chat.address}/v1/models")

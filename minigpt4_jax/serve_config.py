@@ -140,8 +140,8 @@ class ServeConfig:
     """What the API calls the model. Empty: the last part of `model`."""
     weights: str = "auto"
     cache: str = "auto"
-    context: int = 1024
-    """Longest prompt plus answer, in tokens."""
+    context: int = 2048
+    """Longest prompt plus answer, in tokens. Harnesses ask for answers of up to 1,024."""
     num_slots: int = 8
     """Answers that are written side by side."""
     host: str = "127.0.0.1"

@@ -93,7 +93,6 @@ class ChatRoute:
                     chat,
                     pictures,
                     model=self._model,
-                    config=self._config,
                     id=f"chatcmpl-{request.state.request_id}",
                     deadline_s=request.state.arrived_s + self._config.limits.request_timeout_s,
                     emit=box.send,

@@ -28,7 +28,6 @@ from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.config import UserError
 from minigpt4_jax.conversation import ContextFull, Conversation
 from minigpt4_jax.presets import UNKNOWN_TO_BEAMS, GenerationConfig
-from minigpt4_jax.serve_config import ServeConfig
 from minigpt4_jax.serving.errors import invalid
 from minigpt4_jax.serving.fields import (
     ChatRequest,
@@ -72,7 +71,6 @@ def make_job(
     pictures: Sequence[Any],
     *,
     model: MiniGPT4,
-    config: ServeConfig,
     id: str,
     deadline_s: float,
     emit: Callable[[Event], None],
@@ -110,6 +108,7 @@ def make_job(
         logit_bias=_biases(request, vocab_size=model.preset.model.llama.vocab_size),
         deadline_s=deadline_s,
         emit=emit,
+        stream=request.streams,
     )
 
 

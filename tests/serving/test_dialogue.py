@@ -62,7 +62,6 @@ def job_of(*messages: Any, model: MiniGPT4 | None = None, **fields: Any) -> Job:
         request,
         pictures,
         model=model or make_model(),
-        config=CONFIG,
         id="1",
         deadline_s=0.0,
         emit=lambda event: None,

@@ -12,6 +12,7 @@ from minigpt4_jax import GenerationConfig
 from minigpt4_jax.serve_config import FaultsConfig
 from minigpt4_jax.serving.errors import ApiError
 from minigpt4_jax.serving.jobs import Event, Started
+from minigpt4_jax.serving.watchdog import Watchdog
 from tests.serving.fakes import LIMIT_S, Bench, FakeModel, running, wait_until
 
 LONG = GenerationConfig(max_new_tokens=40)
@@ -274,6 +275,8 @@ def test_repeated_faults_break_the_server_once_and_fail_everybody() -> None:
     assert not any(one.mistakes for one in heard)
     assert len(bench.notes.records) == 9
     assert refusal(bench).status == 503
+    bench.scheduler._stalled(61.0)
+    assert len(bench.fatal) == 1
     bench.scheduler.close()
     assert len(bench.notes.records) == 9
 
@@ -334,7 +337,8 @@ def test_nothing_is_done_while_there_is_no_work(
     assert len(turns) == 5
 
 
-def test_an_engine_that_hangs_is_given_up_by_the_watchdog() -> None:
+@pytest.mark.parametrize("hook", ["on_step", "on_search"])
+def test_an_engine_that_hangs_is_given_up_by_the_watchdog(hook: str) -> None:
     bench = Bench(FakeModel(), faults=FaultsConfig(stall_s=0.2), real_time=True)
     hangs, ends = threading.Event(), threading.Event()
 
@@ -342,15 +346,16 @@ def test_an_engine_that_hangs_is_given_up_by_the_watchdog() -> None:
         hangs.set()
         assert ends.wait(LIMIT_S)
 
-    bench.engine.on_step = hang
+    setattr(bench.engine, hook, hang)
     bench.scheduler.start()
     wait_until(lambda: bench.scheduler.state == "ready")
-    heard = [bench.submit(name)[1] for name in "abc"]
+    beams = hook == "on_search"
+    heard = [bench.submit(name, generation=BEAMS if beams else LONG)[1] for name in "abc"]
     assert hangs.wait(LIMIT_S)
     assert all(one.over.wait(LIMIT_S) for one in heard)
     wait_until(lambda: bool(bench.fatal))
     assert "has finished nothing" in bench.fatal[0]
-    assert sorted(one.status for one in heard) == [500, 500, 503]
+    assert [one.status for one in heard] == [500, 503 if beams else 500, 503]
     assert len(bench.notes.records) == 3
     # It comes back: nothing is said twice.
     ends.set()
@@ -362,18 +367,15 @@ def test_an_engine_that_hangs_is_given_up_by_the_watchdog() -> None:
 
 def test_an_idle_server_does_not_stall() -> None:
     bench = Bench(FakeModel(), faults=FaultsConfig(stall_s=0.01), real_time=True)
-    looks = []
-    dog = bench.scheduler._watchdog
-    stalled_s = type(dog).stalled_s.fget
-    assert stalled_s is not None
+    looks: list[float] = []
 
-    class Watched(type(dog)):  # type: ignore[misc]  # the class of that very object
+    class Watched(Watchdog):
         @property
         def stalled_s(self) -> float:
-            looks.append(1)
-            return stalled_s(self)
+            looks.append(Watchdog.stalled_s.__get__(self))
+            return looks[-1]
 
-    dog.__class__ = Watched
+    bench.scheduler._watchdog.__class__ = Watched
     with running(bench) as scheduler:
         wait_until(lambda: len(looks) > 50)
         assert scheduler.state == "ready"

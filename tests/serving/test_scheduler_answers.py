@@ -7,17 +7,34 @@ from typing import Any
 import pytest
 
 from minigpt4_jax import GenerationConfig, MiniGPT4
+from minigpt4_jax.config import ModelConfig
+from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.serving.jobs import Piece
-from tests.serving.fakes import Bench, Listener
+from tests.serving.fakes import LIMIT_S, Bench, Listener, running, wait_until
+from tests.tiny_model import load_tiny, write_tiny_projection
 
 # The penalty keeps a random model from saying one letter over and over, whatever it sees.
 SHORT = GenerationConfig(max_new_tokens=12, repetition_penalty=3.0)
 DRAWN = GenerationConfig(max_new_tokens=12, temperature=5.0, top_k=20, seed=11)
 
 
+@pytest.fixture(scope="module")
+def model(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: ModelConfig,
+    tiny_params: Any,
+    tokenizer: Tokenizer,
+) -> MiniGPT4:
+    """Its core compiled, in the sizes of the other tests' servers: what one compiled, the next one finds."""
+    path = tmp_path_factory.mktemp("projection") / "tiny.safetensors"
+    write_tiny_projection(path, tiny_params, config=tiny_config)
+    model = load_tiny(tiny_params, tokenizer, projection=path, context=128, num_slots=4)
+    model.engine.compile_core()
+    return model
+
+
 @pytest.fixture
-def bench(model: MiniGPT4, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(model.engine, "compile_core", lambda progress: None)
+def bench(model: MiniGPT4) -> Bench:
     bench = Bench(model)
     bench.scheduler.prepare()
     return bench
@@ -102,3 +119,23 @@ def test_beams_give_the_answers_of_generate_while_the_slots_go_on_afterwards(
     assert not plain.done
     bench.finish()
     assert [plain.text()] == alone
+
+
+def test_a_served_model_compiles_and_answers_in_a_thread_of_its_own(
+    model: MiniGPT4, pictures: Any
+) -> None:
+    expected = model.generate([pictures[0], None, None], ["a", "b", "c"], generation=DRAWN)
+    compiled = model.engine.compiled_programs
+    bench = Bench(model, real_time=True)
+    with running(bench) as scheduler:
+        heard = [
+            bench.submit(question, pictures=pictures[:shown], generation=DRAWN)[1]
+            for question, shown in (("a", 1), ("b", 0), ("c", 0))
+        ]
+        assert all(one.over.wait(LIMIT_S) for one in heard)
+        wait_until(lambda: scheduler.load().busy_slots == 0)
+        # The other sizes are compiled beside it, until somebody closes.
+        wait_until(lambda: model.engine.compiled_programs > compiled)
+    assert [one.text() for one in heard] == expected
+    assert scheduler.leaks == 0
+    assert not bench.fatal

@@ -180,6 +180,15 @@ def test_an_answer_that_cannot_be_read_fails_alone(
     assert bench.engine.free_slots == 4
 
 
+def test_an_answer_that_somebody_else_took_back_fails(bench: Bench) -> None:
+    _, heard = bench.submit("a", generation=LONG)
+    bench.turns(1)
+    (generation,) = [one for one in bench.engine._slots if one is not None]
+    bench.engine.cancel(generation)
+    bench.turns(1)
+    assert heard.status == 500
+
+
 # --- what is told ---
 
 
@@ -190,7 +199,6 @@ def test_an_answer_whose_stop_string_came_is_complete_though_the_engine_failed_t
     _, heard = bench.submit("a", generation=LONG, stop_strings=("cd",))
     bench.turns(3)
     generations = [one for one in bench.engine._slots if one is not None]
-    spoil(bench)
     step = bench.engine.step
 
     def step_and_fail() -> Any:
@@ -207,13 +215,34 @@ def test_an_answer_whose_stop_string_came_is_complete_though_the_engine_failed_t
 
 
 def test_a_stop_string_frees_its_slot_in_the_same_step(bench: Bench) -> None:
-    bench.model.script = lambda question, seed: "abcdef" * 9  # type: ignore[attr-defined]
-    _, short = bench.submit("a", generation=LONG, stop_strings=("cd",), n=1)
-    _, long = bench.submit("b", generation=LONG)
-    bench.turns(4)
-    assert short.done
+    generation = GenerationConfig(max_new_tokens=40, seed=7)
+    _, heard = bench.submit("a", generation=generation, stop_strings=("/7",), n=2)
+    bench.turns(2)
+    assert bench.engine.free_slots == 2
+    bench.turns(1)
     assert bench.engine.free_slots == 3
-    assert not long.done
+    assert heard.ends[0].finish_reason == "stop"
+    bench.finish()
+    assert heard.text(1).startswith("a/8 a/8")
+
+
+@pytest.mark.parametrize("hook", ["on_step", "on_encode", "on_search"])
+def test_every_piece_of_work_that_was_finished_is_a_movement(
+    hook: str, bench: Bench, pictures: Any
+) -> None:
+    def work(*args: Any) -> None:
+        bench.clock.now_s += 7
+        assert bench.scheduler.load().stalled_s == 7
+
+    def after(*args: Any) -> None:
+        assert bench.scheduler.load().stalled_s == 0
+
+    bench.engine.on_step = after
+    setattr(bench.engine, hook, work)
+    bench.scheduler._watchdog.moved()
+    bench.submit("a", pictures=pictures[:1], generation=BEAMS if hook == "on_search" else LONG)
+    bench.turns(1)
+    assert bench.scheduler.load().stalled_s == 0
 
 
 def test_the_observer_is_told_the_times_of_a_job(bench: Bench) -> None:

@@ -30,9 +30,7 @@ from minigpt4_jax.conversation import ContextFull, Conversation
 from minigpt4_jax.presets import UNKNOWN_TO_BEAMS, GenerationConfig
 from minigpt4_jax.serve_config import ServeConfig
 from minigpt4_jax.serving.errors import invalid
-from minigpt4_jax.serving.jobs import Event, Job
-from minigpt4_jax.serving.pictures import PictureSource
-from minigpt4_jax.serving.protocol import (
+from minigpt4_jax.serving.fields import (
     ChatRequest,
     DetokenizeRequest,
     Message,
@@ -40,6 +38,8 @@ from minigpt4_jax.serving.protocol import (
     pictures_of,
     text_of,
 )
+from minigpt4_jax.serving.jobs import Event, Job
+from minigpt4_jax.serving.pictures import PictureSource
 
 SAME_NAME = (
     "temperature",

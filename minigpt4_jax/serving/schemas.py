@@ -1,7 +1,7 @@
 """JSON schemas for `/openapi.json`: what requests may be and what answers are.
 
 For: documentation that programs read; clients and fuzzers generate requests from it. Not for: checking requests
-(`protocol.py` does, with the same models).
+(`protocol.py` does, with the same models of `fields.py`).
 
 The request schemas say every rule that JSON Schema can say, fields that depend on each other among them. Left to a 400
 are: whether a URL is a picture, how many tokens a text has, the order of roles, the sum of all texts, and what depends
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from minigpt4_jax.serve_config import ServeConfig
-from minigpt4_jax.serving.protocol import (
+from minigpt4_jax.serving.fields import (
     UNSUPPORTED,
     UNSUPPORTED_TOKENIZE,
     ChatRequest,
@@ -113,7 +113,7 @@ def _request_schema(
             "enum": [None, *harmless],
             "description": "Not supported; these values change nothing.",
         }
-    schema = _inlined(schema, schema.pop("$defs", {}))
+    schema = dict(_inlined(schema, schema.pop("$defs", {})))
     messages = schema["properties"].get("messages")
     if messages is not None:
         for part in [messages, *messages.get("anyOf", ())]:

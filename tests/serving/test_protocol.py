@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.serve_config import LimitsConfig, PicturesConfig, ServeConfig
 from minigpt4_jax.serving.errors import ApiError
-from minigpt4_jax.serving.protocol import (
-    UNSUPPORTED,
-    ChatRequest,
-    parse_chat,
-    parse_detokenize,
-    parse_tokenize,
-)
+from minigpt4_jax.serving.fields import UNSUPPORTED, ChatRequest
+from minigpt4_jax.serving.protocol import parse_chat, parse_detokenize, parse_tokenize
 
 CONFIG = ServeConfig()
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -215,6 +210,20 @@ def test_an_unsupported_field_is_refused_unless_it_says_off(name: str) -> None:
         assert parse(**{name: harmless}) == parse()
 
 
+def test_refusals_have_openais_codes() -> None:
+    for fields, code in (
+        ({"messages": [{"role": "user"}]}, "missing_required_parameter"),
+        ({"messages": [{"content": ""}]}, "missing_required_parameter"),
+        ({"messages": [1]}, "invalid_type"),
+        ({"seed": "1"}, "invalid_type"),
+        ({"stop": 1}, "invalid_type"),
+        ({"seed": -1}, "invalid_value"),
+        ({"temperature": 0.001}, "invalid_value"),
+        ({"messages": [{"role": "tool"}]}, "invalid_value"),
+    ):
+        assert refused(**fields).code == code
+
+
 def test_true_is_not_taken_for_one() -> None:
     assert refused(best_of=True).param == "best_of"
     assert refused(store=0).param == "store"
@@ -285,6 +294,7 @@ def test_a_picture_is_never_repeated_in_a_refusal() -> None:
             b'{"model": "smol", "messages": [{"role": "user", "role": "system", "content": ""}]}',
             "'role' stands twice",
         ),
+        (json.dumps({str(i): 1 for i in range(4097)}).encode(), "4097 keys; expected at most 4096"),
         (b'{"a": [' + b"{}," * 400_000 + b"{}]}", "commas and brackets"),
     ],
 )
@@ -295,7 +305,9 @@ def test_what_is_no_json_object_is_a_400(raw: bytes, said: str) -> None:
 
 
 def test_an_overflowing_number_is_a_400() -> None:
-    assert refused(b'{"model": "smol", "messages": [], "temperature": 1e999}').status == 400
+    error = refused(body(temperature=1).replace(b": 1}", b": 1e999}"))
+    assert error.param == "temperature"
+    assert "is inf; expected a finite number" in error.message
 
 
 ANY_JSON = st.recursive(

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 
 from minigpt4_jax.serve_config import LimitsConfig, ServeConfig
 from minigpt4_jax.serving.errors import ApiError, invalid, overloaded
-from minigpt4_jax.serving.protocol import (
+from minigpt4_jax.serving.fields import (
     UNSUPPORTED,
     UNSUPPORTED_TOKENIZE,
     ChatRequest,
     TokenizeRequest,
-    parse_chat,
-    parse_detokenize,
-    parse_tokenize,
 )
+from minigpt4_jax.serving.protocol import parse_chat, parse_detokenize, parse_tokenize
 from minigpt4_jax.serving.schemas import (
     CHUNK_SCHEMA,
     COMPLETION_SCHEMA,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import pytest
 
 from minigpt4_jax.serving.workers import Workers
 
-WAIT_S = 30
+WAIT_S = 10
 
 
 @pytest.fixture
@@ -94,18 +93,18 @@ def test_work_that_was_cancelled_or_is_done_keeps_nothing_alive(forever: threadi
             return 5
 
     workers, entered = Workers(1, name="e"), threading.Semaphore(0)
-    done = Bytes()
-    seen = weakref.ref(done)
-    assert workers.submit(done.__len__).result(WAIT_S) == 5
+    first, second = Bytes(), Bytes()
+    first_gone, second_gone = threading.Event(), threading.Event()
+    weakref.finalize(first, first_gone.set)
+    weakref.finalize(second, second_gone.set)
+    assert workers.submit(first.__len__).result(WAIT_S) == 5
+    del first
+    assert first_gone.wait(WAIT_S)  # although its thread has had nothing else to do since
     workers.submit(lambda: stuck(entered, forever))
-    assert entered.acquire(timeout=WAIT_S)  # so the thread is past the first
-    cancelled = Bytes()
-    also_seen = weakref.ref(cancelled)
-    assert workers.submit(cancelled.__len__).cancel()
-    del done, cancelled
-    gc.collect()
-    assert seen() is None
-    assert also_seen() is None
+    assert entered.acquire(timeout=WAIT_S)
+    assert workers.submit(second.__len__).cancel()
+    del second
+    assert second_gone.wait(WAIT_S)
     workers.close()
 
 

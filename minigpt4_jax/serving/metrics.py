@@ -191,7 +191,9 @@ class Metrics:
     def finished(self, record: JobRecord) -> None:
         """A job is over."""
         self._ended[record.outcome].inc()
-        if record.prefill_s is not None:
+        if record.prefill_s is None:  # beams, which come without steps, or nothing at all
+            self._generation_tokens.inc(record.generated_tokens)
+        if record.prefill_s is not None or record.generated_tokens:
             self._prompt_tokens.inc(record.prompt_tokens)
             self._prefix_queries.inc(record.prompt_tokens)
             self._prefix_hits.inc(record.cached_tokens)

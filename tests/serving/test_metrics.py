@@ -223,6 +223,16 @@ def test_what_never_had_a_slot_adds_to_its_waiting_and_to_no_prompt_that_was_rea
     assert value(metrics, "prompt_tokens", "_total") == 0
 
 
+def test_beams_which_tell_no_steps_are_counted_when_they_end() -> None:
+    metrics = make()
+    metrics.finished(replace(RECORD, prefill_s=None, decode_s=None))
+    assert value(metrics, "generation_tokens", "_total") == 11
+    assert value(metrics, "prompt_tokens", "_total") == 100
+    assert value(metrics, "e2e_request_latency_seconds", "_count") == 1
+    metrics.finished(RECORD)
+    assert value(metrics, "generation_tokens", "_total") == 11, "its steps told them before"
+
+
 def test_tokens_are_counted_as_they_come_in_buckets_that_tell_milliseconds_apart() -> None:
     metrics = make()
     metrics.first_token(0.003)

@@ -5,17 +5,18 @@ import { listModels } from "./api.js";
 import { ask, isTold, newAnswer, newChat, picturesOf } from "./chat.js";
 import { showCode } from "./code.js";
 import { Composer } from "./composer.js";
-import { askForTitle, confirm, openDialog } from "./dialogs.js";
+import { openDialog } from "./dialogs.js";
 import { announce, byId, clearNote, note } from "./dom.js";
 import { startExamples } from "./examples.js";
 import { offerDownload } from "./export.js";
 import { openHistory } from "./history.js";
 import { askForKey, currentKey } from "./key.js";
+import { Library } from "./library.js";
 import { requestOf } from "./requests.js";
 import { Runs, waitText } from "./runs.js";
 import { ServerState } from "./server_state.js";
 import { FIELDS, startSettings } from "./settings.js";
-import { closeSidebar, showChats, startSidebar } from "./sidebar.js";
+import { closeSidebar, startSidebar } from "./sidebar.js";
 import { startTheme } from "./theme.js";
 import { troubleOf } from "./trouble.js";
 import { makeTurn, showAnswer, showWait } from "./view.js";
@@ -44,11 +45,12 @@ class App {
       changed: (run) => this.runChanged(run),
       keep: (chat) => this.keep(chat),
     });
+    this.library = new Library(this);
     this.composer = new Composer({ send: () => this.send(), others: () => picturesOf(this.chatBefore()) });
     this.acts = {
       edit: (turn) => this.edit(turn),
       again: (turn) => this.again(turn),
-      newChat: () => this.show(newChat()),
+      newChat: () => this.library.begin(),
       key: (turn) => this.enterKey(turn),
     };
   }
@@ -190,7 +192,6 @@ class App {
   show(chat) {
     this.stopEditing();
     this.chat = chat;
-    clearNote();
     closeSidebar();
     this.render();
     this.toEnd();
@@ -207,7 +208,7 @@ class App {
     history.replaceState(null, "", turns.length > 0 ? `#chat=${id}` : location.pathname);
     for (const turn of turns) this.update(turn);
     this.showButtons();
-    this.list();
+    this.library.list();
   }
 
   /** @param {Turn} turn */
@@ -256,95 +257,22 @@ class App {
     place.classList.toggle("nearly-full", used > 0.85 * context);
   }
 
-  // --- history ---
-
   /** @param {Chat} chat */
   async keep(chat) {
     await this.history.keep(chat);
-    if (chat === this.chat) this.afterKeeping();
-    await this.list();
-  }
-
-  afterKeeping() {
-    byId("chat-title").textContent = this.chat.title;
-    if (this.chat.turns.length > 0) history.replaceState(null, "", `#chat=${this.chat.id}`);
-  }
-
-  async list() {
-    showChats(await this.history.store.list(), this.chat.id, {
-      open: (id) => this.open(id),
-      rename: (id) => this.rename(id),
-      remove: (id) => this.remove(id),
-    });
-  }
-
-  /** @param {string} id */
-  async find(id) {
-    if (id === this.chat.id) return this.chat;
-    const running = [...this.runs.running].find(({ chat }) => chat.id === id);
-    return running?.chat ?? (await this.history.store.load(id));
-  }
-
-  /** @param {string} id */
-  async open(id) {
-    const chat = await this.find(id);
-    if (chat) this.show(chat);
-  }
-
-  /** @param {string} id */
-  async rename(id) {
-    const chat = await this.find(id);
-    const title = chat && (await askForTitle(chat.title));
-    if (!title) return;
-    Object.assign(chat, { title, named: true });
-    await this.keep(chat);
-    if (chat === this.chat) this.render();
-  }
-
-  /** @param {string} id */
-  async remove(id) {
-    const chat = await this.find(id);
-    if (!chat) return;
-    const text = `“${chat.title}” and its pictures are gone then; nobody else has them.`;
-    if (!(await confirm({ title: "Delete this chat?", text, yes: "Delete" }))) return;
-    await this.runs.end(chat);
-    await this.history.store.remove(chat.id);
-    if (chat.id === this.chat.id) this.show(newChat());
-    else await this.list();
-    announce("Chat deleted");
-  }
-
-  async removeAll() {
-    const text = "All chats of this browser and their pictures are gone then; nobody else has them.";
-    if (!(await confirm({ title: "Delete all chats?", text, yes: "Delete all" }))) return;
-    await this.runs.end();
-    await this.history.store.clear();
-    this.show(newChat());
-    announce("All chats deleted");
-  }
-
-  /** @param {string} id of a chat that another tab kept or deleted; "" for all */
-  async changedElsewhere(id) {
-    await this.list();
-    const concerned = id === this.chat.id || id === "";
-    if (!concerned || this.chat.revision === 0 || this.runs.of(this.chat)) return;
-    const chat = await this.history.store.load(this.chat.id);
-    if (chat) {
-      this.stopEditing();
-      this.chat = chat;
-      this.render();
-    } else {
-      this.show(newChat());
-      note("The chat was deleted in another tab.");
+    if (chat === this.chat && chat.turns.length > 0) {
+      byId("chat-title").textContent = chat.title;
+      history.replaceState(null, "", `#chat=${chat.id}`);
     }
+    await this.library.list();
   }
 
   // --- buttons ---
 
   start() {
     const clicks = {
-      "new-chat": () => this.show(newChat()),
-      "delete-all": () => this.removeAll(),
+      "new-chat": () => this.library.begin(),
+      "delete-all": () => this.library.removeAll(),
       "open-key": async () => (await askForKey("Servers that others can reach ask for one. It goes to this server only.")) && this.server.watch(),
       "open-settings": () => openDialog("settings"),
       "changed-settings": () => openDialog("settings"),
@@ -355,9 +283,13 @@ class App {
       stop: () => this.stop(),
     };
     for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
+    byId("skip").addEventListener("click", (event) => {
+      event.preventDefault(); // the address keeps the chat that is shown
+      this.composer.focus();
+    });
     addEventListener("keydown", (event) => this.key(event));
     byId("log").addEventListener("scroll", () => this.showToEnd(), { passive: true });
-    this.history.store.onChange((id) => this.changedElsewhere(id));
+    this.history.store.onChange((id) => this.library.changedElsewhere(id));
     startExamples((file, question) => this.askExample(file, question));
     startSettings((settings) => this.settingsChanged(settings));
     startTheme();

@@ -1,0 +1,98 @@
+// For: what is done with whole chats: opened, begun, renamed, deleted, here and in other tabs.
+// Not for: questions and answers (app.js) nor keeping (history.js).
+
+import { newChat } from "./chat.js";
+import { askForTitle, confirm } from "./dialogs.js";
+import { announce, clearNote, note } from "./dom.js";
+import { showChats } from "./sidebar.js";
+
+/** @typedef {import("./chat.js").Chat} Chat */
+/**
+ * @typedef {{chat: Chat, history: import("./history.js").History, runs: import("./runs.js").Runs,
+ *            show(chat: Chat): void, keep(chat: Chat): Promise<void>, render(): void}} App
+ */
+
+export class Library {
+  /** @param {App} app */
+  constructor(app) {
+    this.app = app;
+  }
+
+  get store() {
+    return this.app.history.store;
+  }
+
+  async list() {
+    showChats(await this.store.list(), this.app.chat.id, {
+      open: (id) => this.open(id),
+      rename: (id) => this.rename(id),
+      remove: (id) => this.remove(id),
+    });
+  }
+
+  begin() {
+    clearNote();
+    this.app.show(newChat());
+  }
+
+  /**
+   * @param {string} id
+   * @returns {Promise<Chat | null>} the one in use, if there is one, else as it was kept
+   */
+  async find(id) {
+    if (id === this.app.chat.id) return this.app.chat;
+    const running = [...this.app.runs.running].find(({ chat }) => chat.id === id);
+    return running?.chat ?? (await this.store.load(id));
+  }
+
+  /** @param {string} id */
+  async open(id) {
+    const chat = await this.find(id);
+    if (!chat) return;
+    clearNote();
+    this.app.show(chat);
+  }
+
+  /** @param {string} id */
+  async rename(id) {
+    const chat = await this.find(id);
+    const title = chat && (await askForTitle(chat.title));
+    if (!title) return;
+    Object.assign(chat, { title, named: true });
+    await this.app.keep(chat);
+    if (chat === this.app.chat) this.app.render();
+  }
+
+  /** @param {string} id */
+  async remove(id) {
+    const chat = await this.find(id);
+    if (!chat) return;
+    const text = `“${chat.title}” and its pictures are gone then; nobody else has them.`;
+    if (!(await confirm({ title: "Delete this chat?", text, yes: "Delete" }))) return;
+    await this.app.runs.end(chat);
+    await this.store.remove(chat.id);
+    if (chat.id === this.app.chat.id) this.begin();
+    else await this.list();
+    announce("Chat deleted");
+  }
+
+  async removeAll() {
+    const text = "All chats of this browser and their pictures are gone then; nobody else has them.";
+    if (!(await confirm({ title: "Delete all chats?", text, yes: "Delete all" }))) return;
+    await this.app.runs.end();
+    await this.store.clear();
+    this.begin();
+    announce("All chats deleted");
+  }
+
+  /** @param {string} id of a chat that another tab kept or deleted; "" for all */
+  async changedElsewhere(id) {
+    const { app } = this;
+    await this.list();
+    const concerned = id === app.chat.id || id === "";
+    if (!concerned || app.chat.revision === 0 || app.runs.of(app.chat)) return;
+    const chat = await this.store.load(app.chat.id);
+    app.show(chat ?? newChat());
+    if (!chat) note("The chat was deleted in another tab.");
+  }
+}

@@ -1,0 +1,240 @@
+"""Chats stay in the browser, whole, in several tabs; they are renamed, deleted, taken along as files and as code."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chatting import COFFEE, LONG, Chatting
+
+PICTURES_KEPT = """
+new Promise((resolve) => {
+  const opening = indexedDB.open("minigpt4");
+  opening.onsuccess = () => {
+    const request = opening.result.transaction("pictures").objectStore("pictures").count();
+    request.onsuccess = () => { opening.result.close(); resolve(request.result); };
+  };
+})
+"""
+
+
+@pytest.fixture
+def short(chat: Chatting) -> Chatting:
+    """A page whose answers have three tokens."""
+    chat.set(max_tokens=3)
+    return chat
+
+
+def listed(chat: Chatting) -> list[str]:
+    """Titles in the list of chats."""
+    return chat.page.locator(".chat-link").all_inner_texts()
+
+
+def test_a_chat_and_its_pictures_are_there_after_a_reload(short: Chatting) -> None:
+    short.choose(COFFEE)
+    answer = short.ask("What is this?")
+    stats = short.turns.locator(".stats").inner_text()
+    short.reload()
+    assert short.turns.locator(".answer-text").inner_text() == answer
+    assert short.turns.locator(".stats").inner_text() == stats
+    image = short.turns.locator(".shown img")
+    assert (
+        image.evaluate("async (image) => { await image.decode(); return image.naturalWidth; }")
+        == 400
+    )
+    short.ask("What can I do with it?")
+    assert short.bodies[-1]["messages"][0]["content"][0]["type"] == "image_url"
+
+
+def test_an_answer_that_a_reload_cut_is_kept_as_far_as_it_came(chat: Chatting) -> None:
+    chat.set(max_tokens=800)
+    chat.send(LONG)
+    # The page keeps an answer every two seconds while it grows.
+    chat.until(
+        """() => new Promise((resolve) => {
+          const opening = indexedDB.open("minigpt4");
+          opening.onsuccess = () => {
+            const request = opening.result.transaction("chats").objectStore("chats").getAll();
+            request.onsuccess = () => {
+              opening.result.close();
+              resolve(request.result[0]?.turns[0].answer.text.length > 0);
+            };
+          };
+        })"""
+    )
+    chat.reload()
+    assert "This answer was not finished." in chat.turns.inner_text()
+    assert chat.turns.locator(".answer-text").inner_text() != ""
+
+
+def test_chats_are_opened_renamed_and_deleted_with_their_pictures(short: Chatting) -> None:
+    page = short.page
+    short.choose(COFFEE)
+    short.ask("What is this?")
+    page.click("#new-chat")
+    assert page.is_visible("#welcome")
+    short.ask("What is a saucer?")
+    assert listed(short) == ["What is a saucer?", "What is this?"]
+    page.get_by_role("button", name="What is this?", exact=True).click()
+    page.wait_for_selector(".shown img")
+    page.locator(".chat-item", has_text="What is this?").hover()
+    page.get_by_role("button", name="Rename “What is this?”").click()
+    page.fill("#rename-value", "<b>Coffee</b>")
+    page.press("#rename-value", "Enter")
+    page.wait_for_selector("h1:has-text('<b>Coffee</b>')")
+    assert sorted(listed(short)) == ["<b>Coffee</b>", "What is a saucer?"]
+    assert page.evaluate(PICTURES_KEPT) == 1
+    page.get_by_role("button", name="Delete “<b>Coffee</b>”").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.wait_for_selector("#welcome")
+    short.until("document.querySelectorAll('.chat-link').length === 1")
+    assert listed(short) == ["What is a saucer?"]
+    assert page.evaluate(PICTURES_KEPT) == 0
+
+
+def test_all_chats_are_deleted_after_a_question(short: Chatting) -> None:
+    page = short.page
+    short.ask("What is a cup?")
+    page.click("#delete-all")
+    page.get_by_role("button", name="Cancel").click()
+    assert listed(short) == ["What is a cup?"]
+    page.click("#delete-all")
+    page.get_by_role("button", name="Delete all", exact=True).click()
+    page.wait_for_selector("#no-chats", state="visible")
+    short.reload()
+    assert listed(short) == []
+
+
+def test_deleting_a_chat_while_it_is_answered_leaves_nothing(chat: Chatting) -> None:
+    chat.set(max_tokens=800)
+    chat.send(LONG)
+    chat.page.wait_for_selector(".turn.writing")
+    chat.page.locator(".chat-item").hover()
+    chat.page.locator(".delete-chat").click()
+    chat.page.get_by_role("button", name="Delete", exact=True).click()
+    chat.page.wait_for_selector("#no-chats", state="visible")
+    chat.reload()
+    assert listed(chat) == []
+
+
+def test_an_answer_goes_on_while_another_chat_is_shown(chat: Chatting) -> None:
+    chat.set(max_tokens=30)
+    chat.send(LONG)
+    chat.page.wait_for_selector(".turn.writing")
+    chat.page.click("#new-chat")
+    assert chat.turns.count() == 0
+    chat.until("document.querySelector('#announcer').textContent !== ''")
+    chat.page.locator(".chat-link").click()
+    assert "30 tokens" in chat.turns.locator(".stats").inner_text()
+
+
+def test_two_tabs_that_write_one_chat_lose_nothing(short: Chatting) -> None:
+    one = short.page
+    short.ask("What is a cup?")
+    other = short.another_tab()
+    short.open(other, path=f"/#{one.url.partition('#')[2]}")
+    other.wait_for_selector(".turn")
+    # Cut off from what the other tab tells, both change what both have loaded.
+    other.evaluate("BroadcastChannel.prototype.postMessage = () => {}")
+    other.fill("#question", "From the other tab")
+    other.press("#question", "Enter")
+    other.wait_for_selector(".turn:nth-of-type(2) .stats:not(:empty)")
+    short.ask("From this tab")
+    one.wait_for_selector("h1:has-text('What is a cup? (copy)')")
+    short.reload()
+    assert sorted(listed(short)) == ["What is a cup?", "What is a cup? (copy)"]
+    assert "From this tab" in short.turns.nth(1).inner_text()
+    one.get_by_role("button", name="What is a cup?", exact=True).click()
+    one.wait_for_selector("h1:text-is('What is a cup?')")
+    assert "From the other tab" in short.turns.nth(1).inner_text()
+
+
+def test_a_tab_shows_what_another_tab_changed_and_deleted(short: Chatting) -> None:
+    short.ask("What is a cup?")
+    other = short.another_tab()
+    short.open(other, path=f"/#{short.page.url.partition('#')[2]}")
+    other.wait_for_selector(".turn")
+    short.ask("What is a saucer?")
+    other.wait_for_selector(".turn:nth-of-type(2) .stats:not(:empty)")
+    short.page.click("#delete-all")
+    short.page.get_by_role("button", name="Delete all", exact=True).click()
+    other.wait_for_selector(".note:has-text('deleted in another tab')")
+    assert other.locator(".turn").count() == 0
+
+
+def test_a_full_disk_is_said_and_the_chat_goes_on(short: Chatting) -> None:
+    devtools = short.context.new_cdp_session(short.page)
+    devtools.send("Storage.overrideQuotaForOrigin", {"origin": short.address, "quotaSize": 1})
+    short.choose(COFFEE)
+    assert short.ask("What is a cup?") != ""
+    short.page.wait_for_selector(".note:has-text('is full, and this chat is not kept')")
+    assert short.ask("What is a saucer?") != ""
+
+
+def test_a_browser_that_keeps_nothing_is_said_and_chats_work(short: Chatting) -> None:
+    short.context.add_init_script(
+        "IDBFactory.prototype.open = () => { throw new DOMException('', 'SecurityError'); }"
+    )
+    short.reload()
+    short.page.wait_for_selector(".note:has-text('Chats last until this tab is closed')")
+    short.ask("What is a cup?")
+    short.page.click("#new-chat")
+    short.page.get_by_role("button", name="What is a cup?", exact=True).click()
+    short.page.wait_for_selector(".turn")
+
+
+def download(chat: Chatting, kind: str) -> tuple[str, str]:
+    """Name and text of the file that a button of the download dialog gives."""
+    chat.page.click("#open-export")
+    with chat.page.expect_download() as started:
+        chat.page.get_by_role("button", name=kind, exact=True).click()
+    return started.value.suggested_filename, Path(started.value.path()).read_text()
+
+
+def test_a_chat_is_downloaded_as_json_in_openais_form(short: Chatting) -> None:
+    short.choose(COFFEE)
+    answer = short.ask("What is this?")
+    name, text = download(short, "JSON")
+    data = json.loads(text)
+    url = data["messages"][0]["content"][0]["image_url"]["url"]
+    assert name == "what-is-this.json"
+    assert (data["format"], data["version"], data["model"]) == ("minigpt4-chat", 1, "smol")
+    assert base64.b64decode(url.partition(",")[2]) == COFFEE.read_bytes()
+    assert data["messages"][1] == {"role": "assistant", "content": answer}
+    assert data["answers"][0]["tokens"] == 3
+
+
+def test_a_chat_is_downloaded_as_markdown_in_which_marks_stay_text(short: Chatting) -> None:
+    short.choose(COFFEE)
+    short.ask("# Is <img src=x onerror=alert(1)> *this*?")
+    name, text = download(short, "Markdown")
+    picture = base64.b64encode(COFFEE.read_bytes()).decode()
+    assert name == "is-img-src-x-onerror-alert-1-this.md"
+    assert r"> \# Is &lt;img src=x onerror=alert(1)\> \*this\*?" in text
+    assert "<img" not in text
+    assert "![coffee.jpg][picture-1]" in text
+    assert text.rstrip().endswith(f"[picture-1]: data:image/jpeg;base64,{picture}")
+
+
+def test_the_last_request_is_shown_as_code_that_is_valid(short: Chatting) -> None:
+    short.set(top_k=5, max_tokens=3)
+    short.choose(COFFEE)
+    short.ask('What\'s "this"?')
+    short.page.click("#open-code")
+    curl = short.page.inner_text("#code-text")
+    assert f"curl {short.address}/v1/chat/completions" in curl
+    assert "What'\\''s" in curl
+    assert "base64,/9j/" in curl
+    assert len(curl) < 1500
+    short.page.get_by_role("radio", name="Python").check()
+    code = short.page.inner_text("#code-text")
+    ast.parse(code)
+    assert 'extra_body={"top_k":5}' in code
+    assert 'picture("coffee.jpg", "image/jpeg")' in code
+    short.page.get_by_role("button", name="Copy", exact=True).click()
+    short.until("document.querySelector('#announcer').textContent === 'Copied'")
+    assert short.page.evaluate("navigator.clipboard.readText()") == code

@@ -85,7 +85,7 @@ async def ask(
 
 
 def run(app: ASGIApp, **kwargs: Any) -> Reply:
-    return asyncio.run(ask(app, **kwargs))
+    return asyncio.run(asyncio.wait_for(ask(app, **kwargs), 30))
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:

@@ -159,7 +159,7 @@ class ChatRoute:
             yield f": queued {self._scheduler.load().waiting}\n\n".encode()
             letters = await box.take()
         while True:
-            piece = []
+            piece: list[bytes] = []
             for letter in letters:
                 if isinstance(letter, Gone):
                     return

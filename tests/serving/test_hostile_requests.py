@@ -130,7 +130,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "content of a number": {"messages": [{"role": "user", "content": 5}]},
     "a part of no kind": {"messages": [{"role": "user", "content": [{"type": "exec"}]}]},
     "a file": {"messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+        {"type": "image_url", "image_url": {"url": "file://localhost/etc/passwd"}}]}]},
     "the metadata service": {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}]}]},
     "an unknown field": {"chat_template": "{{ 7 * 7 }}"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
+from typing import Any
 
 from minigpt4_jax.serving.mailbox import Mailbox, Post
 
@@ -53,6 +55,30 @@ def test_what_was_sent_between_two_turns_of_the_loop_is_one_wake_up() -> None:
         assert len(calls) == 1
 
     asyncio.run(scenario())
+
+
+def test_two_threads_that_send_at_the_same_moment_are_both_heard() -> None:
+    class Between(deque[Any]):
+        """Another thread sends between what `send` does first and second."""
+
+        other = True
+
+        def append(self, item: Any) -> None:
+            super().append(item)
+            if self.other:
+                self.other = False
+                box.send(2)
+
+    async def scenario() -> list[int]:
+        post = Post()
+        nonlocal box
+        box = Mailbox(post)
+        post._sent = Between()
+        box.send(1)
+        return await asyncio.wait_for(box.take(), 30)
+
+    box: Mailbox[int]
+    assert asyncio.run(scenario()) == [1, 2]
 
 
 def test_a_loop_that_has_ended_is_told_nothing_and_nobody_fails() -> None:

@@ -347,7 +347,9 @@ def test_stopping_lets_answers_finish_and_refuses_new_ones(model: MiniGPT4) -> N
         status, _, body = running.ask("GET", "/ready")
         assert (status, body["error"]["code"]) == (503, "service_unavailable")
         assert running.ask("GET", "/health")[0] == 200
-        assert running.chat()[0] == 503
+        status, headers, body = running.chat()
+        assert (status, headers["retry-after"]) == (503, "10")
+        assert body["error"]["code"] == "service_unavailable"
         held.go_on()
         assert read_until(connection, b"[DONE]")
     assert running.codes == [0]

@@ -121,9 +121,11 @@ class Bare:
     def __init__(self, config: Path, overrides: Sequence[str], *, max_tokens: int) -> None:
         from minigpt4_jax import MiniGPT4
         from minigpt4_jax.api import GenerationConfig
+        from minigpt4_jax.cli_options import set_up_jax
         from minigpt4_jax.config_file import load
         from minigpt4_jax.serve_config import ServeConfig
 
+        set_up_jax()  # what the server has compiled is found on the disk
         served = load(ServeConfig, config, overrides)
         self.model = MiniGPT4.load(
             served.model,
@@ -303,8 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_libraries(serve=not args.url)
     gpu = measuring.gpu_name()
     if gpu:
-        # Two processes have the card's memory at once.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.4")  # of each of the two processes
     else:
         measuring.use_two_threads()
     names = ("httpx2",) if args.url else ("httpx2", "fastapi", "uvicorn")
@@ -318,11 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     results = measuring.Results(args.out, head)
     if args.url:
-        wait_until_compiled(args.url, programs=None)
+        wait_until_compiled(args.url)
         return run(Bench(args.url.rstrip("/"), args, bare=None), results)
     with ServerProcess(args.overrides, config=args.config) as server:
         server.wait_until_ready()
+        wait_until_compiled(
+            server.url, quiet_s=3.0
+        )  # roughly: two that compile take longer than one
         bare = Bare(args.config, args.overrides, max_tokens=args.max_tokens)
+        # Exactly: the pause may have been one between two large programs.
         wait_until_compiled(server.url, programs=bare.model.engine.compiled_programs)
         run(Bench(server.url, args, bare=bare), results)
         code = server.stop()

@@ -16,12 +16,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "serve" / "smol.yaml"
+SERVE = (sys.executable, str(ROOT / "serve.py"))
 READY_S = 600.0
 """Longest wait for `/ready`: an empty compile cache on two busy cores."""
 STOP_S = 120.0
@@ -35,7 +36,7 @@ class ServerProcess:
     Args:
         config: of the server; None takes the smol model's.
         overrides: `key=value` of `ServeConfig`; the port is added.
-        environment: on top of this process's own.
+        launcher: the words before `--config`; `python serve.py` where there are none.
     """
 
     def __init__(
@@ -43,16 +44,17 @@ class ServerProcess:
         overrides: Sequence[str] = (),
         *,
         config: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
     ) -> None:
-        command = [sys.executable, str(ROOT / "serve.py"), "--config", str(config or CONFIG)]
+        command = [*(launcher or SERVE), "--config", str((config or CONFIG).absolute())]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix="serve-")  # noqa: SIM115  # closed in __exit__
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [*command, *overrides, "port=0"],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": paths, **(environment or {})},
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": paths},
         )
         self.url = ""
         """Such as `http://127.0.0.1:43210`; known after `wait_until_ready`."""
@@ -137,17 +139,17 @@ def wait_until(reached: Callable[[], bool], *, limit_s: float) -> bool:
     return True
 
 
-def wait_until_compiled(url: str, *, programs: int | None, limit_s: float = 900.0) -> None:
+def wait_until_compiled(
+    url: str, *, programs: int | None = None, quiet_s: float = 10.0, limit_s: float = 900.0
+) -> None:
     """Returns when nothing is compiled in the background any more: after `programs`, or where their number is not
-    known after ten seconds without another one. Ends the program after `limit_s`."""
+    known after `quiet_s` without another one. Ends the program after `limit_s`."""
     end, last, since = time.monotonic() + limit_s, -1.0, time.monotonic()
     while time.monotonic() < end:
         now = read_metrics(url).get("compile_events_total", 0.0)
         if now != last:
             last, since = now, time.monotonic()
-        if (programs is not None and now >= programs) or (
-            programs is None and time.monotonic() > since + 10
-        ):
+        if now >= programs if programs is not None else time.monotonic() > since + quiet_s:
             return
         time.sleep(0.5)
     raise SystemExit(f"The server has compiled {last:.0f} of {programs} programs in {limit_s} s.")

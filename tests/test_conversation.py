@@ -186,6 +186,38 @@ def test_a_picture_that_cannot_fit_is_refused_and_nothing_is_lost(tokenizer: Tok
     assert chat.pictures == ("one", "two")
 
 
+@pytest.mark.parametrize("template", [CHATML, VICUNA_V0, LLAMA2, MINIGPT_V2], ids=lambda t: t.name)
+def test_a_recalled_history_reads_as_one_that_was_held_here(
+    tokenizer: Tokenizer, template: Template
+) -> None:
+    held, recalled = conversation(tokenizer, template), conversation(tokenizer, template)
+    held.add_image("one")
+    held.ask("What?")
+    held.add_answer("A cup.")
+    for name in ("two", "three"):
+        held.add_image(name)
+    recalled.recall("user", "What?", pictures=["one"])
+    recalled.recall("assistant", "A cup.")
+    assert recalled.ask("And?", pictures=["two", "three"]) == held.ask("And?")
+    assert recalled.pictures == held.pictures == ("one", "two", "three")
+    assert recalled.room == held.room
+
+
+def test_a_recalled_answer_is_word_for_word(tokenizer: Tokenizer) -> None:
+    chat = conversation(tokenizer, VICUNA_V0)
+    chat.recall("user", "a")
+    chat.recall("assistant", " one ### Assistant: two ")
+    assert "Assistant:  one ### Assistant: two ###" in chat.text()
+
+
+def test_pictures_of_a_question_that_does_not_fit_are_not_kept(tokenizer: Tokenizer) -> None:
+    chat = conversation(tokenizer, context=len(conversation(tokenizer).ask("Why?")) + 1)
+    with pytest.raises(ContextFull, match=r"1 picture"):
+        chat.ask("Why?", pictures=["photo"])
+    assert chat.pictures == ()
+    assert chat.ask("Why?").count(IMAGE_TOKEN_ID) == 0
+
+
 def test_a_picture_that_waits_for_its_question_is_in_the_text(tokenizer: Tokenizer) -> None:
     chat = conversation(tokenizer, VICUNA_V0)
     chat.ask("Ready?")

@@ -1,6 +1,6 @@
-"""The launch recipes: every setting in them exists, the YAML parses, the scripts are sound shell, the codes are ours.
+"""The launch recipes of training: settings exist, the YAML parses, the scripts are sound shell, the codes are ours.
 
-Not for: whether a cluster takes them; nobody could run them here.
+Not for: whether a cluster takes them; nobody could run them here. The server has `test_deploy_serve.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minigpt4_jax.config_file import load
 from minigpt4_jax.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-MANIFESTS = sorted((ROOT / "deploy").rglob("*.yaml"))
+MANIFESTS = sorted((ROOT / "deploy" / "gke").glob("*.yaml"))
 SCRIPTS = sorted([*(ROOT / "deploy").rglob("*.sh"), *(ROOT / "deploy").rglob("*.sbatch")])
 PAGE = ROOT / "docs" / "training.md"
 VARIABLES = {"$MODEL": "m", "$WORKDIR": "w", "$DATA": "/shared/data", "$JOB_COMPLETION_INDEX": "0"}

@@ -23,7 +23,17 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not module.name.endswith("__main__")
 )
-ORACLES_AND_SERVERS = ["torch", "transformers", "onnxruntime", "fastapi", "uvicorn", "tensorflow"]
+ORACLES_AND_SERVERS = [
+    "torch", "transformers", "onnxruntime", "fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client",
+    "httpx2", "tensorflow",
+]  # fmt: skip
+ENGINE_SIDE = ("errors", "jobs", "register", "rows", "scheduler", "slots", "watchdog")
+"""Of `serving`: what a host without a web server, as machines with accelerators often are, imports all the same."""
+WITHOUT_SERVER = [
+    name
+    for name in MODULES
+    if not name.startswith("minigpt4_jax.serving.") or name.endswith(ENGINE_SIDE)
+]
 EXTRAS = [
     "gguf", "onnx", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "pytest", "beartype"
 ]  # fmt: skip
@@ -45,12 +55,12 @@ def import_without(modules: list[str], blocked: list[str]) -> None:
 
 
 def test_everything_imports_without_oracles_and_web_servers() -> None:
-    import_without(MODULES, ORACLES_AND_SERVERS)
+    import_without(WITHOUT_SERVER, ORACLES_AND_SERVERS)
 
 
 def test_what_chat_needs_imports_without_any_extra() -> None:
     # The readers of foreign formats (`smol`) and Grain (`train`) are imported by the functions that use them.
-    chat = [name for name in MODULES if not name.startswith("minigpt4_jax.training")]
+    chat = [name for name in WITHOUT_SERVER if not name.startswith("minigpt4_jax.training")]
     import_without(chat, EXTRAS + ORACLES_AND_SERVERS)
 
 
@@ -63,7 +73,7 @@ def test_data_and_conversation_import_without_jax() -> None:
 def test_every_room_has_a_contract_about_its_imports() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     covered = {name for c in settings["contracts"] for name in c.get("source_modules", [])}
-    edges = {f"minigpt4_jax.cli{part}" for part in ("", "_caption", "_options", "_plan")}
+    edges = {f"minigpt4_jax.cli{part}" for part in ("", "_caption", "_options", "_plan", "_serve")}
     rooms = {
         f"minigpt4_jax.{module.name}" for module in pkgutil.iter_modules(minigpt4_jax.__path__)
     }

@@ -6,14 +6,23 @@ import asyncio
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.benchmark_scripts import load_script
+from minigpt4_jax.checksums import write_checksums
+from minigpt4_jax.data.tokenizer import byte_tokenizer
+from minigpt4_jax.presets import PRESETS
+from tests.benchmark_scripts import FOLDER, load_script
+from tests.tiny_folder import write_folder
+from tests.tiny_model import make_frozen, write_tiny_projection
 
 client = load_script("serve_client")
 serve_load = load_script("serve_load")
@@ -287,3 +296,49 @@ def test_the_tables_show_shares_and_percentiles() -> None:
         "| 50% | 1.50 | 1 of 1 | 10.0 | 100 / 100 / 100 | 200 / 280 / 298 | 100 / 100 / 100 "
         "| 0.50 / 0.50 / 0.50 | 100% |"
     )
+
+
+@pytest.fixture(scope="module")
+def tiny_overrides(tiny_params: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of a server with the tiny model, from a folder as `python -m convert` writes them."""
+    folder, preset = tmp_path_factory.mktemp("serve"), PRESETS["tiny"]
+    tokenizer = byte_tokenizer()
+    frozen = make_frozen(tiny_params, tokenizer)
+    model = write_folder(folder / "tiny-model", frozen, preset=preset)
+    tokenizer._backend.save(str(model / "tokenizer.json"))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(names))
+    write_checksums(model)
+    projection = write_tiny_projection(folder / "p.safetensors", tiny_params, config=preset.model)
+    return [f"model={model}", f"projection={projection}", "context=72", "num_slots=1"]
+
+
+def test_one_command_measures_the_share_and_the_load_of_a_real_server(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "serve.json"
+    command = [
+        sys.executable, str(FOLDER / "serve_load.py"), *tiny_overrides, "--num-requests", "6", "--rounds", "2",
+        "--max-tokens", "4", "--pictures", "0.5", "--rate", "20", "--out", str(out),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is most of it
+        "PYTHONPATH": str(FOLDER.parent),
+        "MINIGPT4_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert list(found["rows"]) == ["share_streamed", "share_whole", "load_20"]
+    for name in ("share_streamed", "share_whole"):
+        row = found["rows"][name]
+        assert row["same_answers"] == "12 of 12"
+        assert 0 < row["share_of_rounds"][0] <= row["share"] <= row["share_of_rounds"][1]
+    load = found["rows"]["load_20"]
+    assert (load["completed"], load["failed"]) == (6, 0)
+    assert load["total_output_tokens"] == 24
+    assert 0 < load["median_ttft_ms"] <= load["p99_e2el_ms"]
+    assert tables.serve_share(found).count("12 of 12") == 2
+    assert "| 20 requests/s | 20.00 | 6 of 6 |" in tables.serve_load(found)

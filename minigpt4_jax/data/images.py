@@ -36,6 +36,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_JPEG_SCANS = 100
 """A progressive JPEG comes in about ten scans. Each costs a pass over all its pixels and as little as fifty bytes, so a
 file of 20 MB could ask for hours (libjpeg-turbo's `-maxscans` is against the same)."""
+MAX_HEADER_READS = 20_000
+"""Reads of a file until its pixels begin. Headers have some dozens of parts; 20 MB of empty ones, or of filling between
+them, kept PIL busy for 5 to 19 s, and with `_warnings_filter` everybody else who opens a picture."""
 PREPROCESSING = "1"
 """Version of `preprocess`: whoever changes its numbers counts on, because kept embeddings are found by it."""
 
@@ -166,6 +169,23 @@ def _read(path: str | Path, name: str, max_bytes: int) -> bytes:
         ) from error
 
 
+class _File(io.BytesIO):
+    """Counts reads until `left` is None."""
+
+    left: int | None = MAX_HEADER_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise _TooManyParts(f"more than {MAX_HEADER_READS} parts before its pixels")
+        return super().read(size)
+
+
+class _TooManyParts(Exception):
+    """A class of its own, because PIL takes those of Python for another format's file."""
+
+
 def _open(data: bytes, name: str, limits: PictureLimits) -> Image.Image:
     """Reads the header; refuses what is no picture, and what is too large, before a decoder sees it."""
     if not data:
@@ -176,7 +196,9 @@ def _open(data: bytes, name: str, limits: PictureLimits) -> Image.Image:
         raise _too_many_bytes(name, len(data), limits.max_bytes)
     try:
         with _damage(name, limits), _warnings_to_log(name):
-            image = Image.open(io.BytesIO(data), formats=limits.formats)
+            file = _File(data)
+            image = Image.open(file, formats=limits.formats)
+            file.left = None
     except PictureError as error:
         kind = next((kind for start, kind in FOREIGN if re.match(start, data[:4096], re.S)), None)
         if kind is None or not isinstance(error.__cause__, UnidentifiedImageError):

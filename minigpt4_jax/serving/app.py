@@ -25,7 +25,7 @@ from starlette.responses import Response
 
 from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.serve_config import ServeConfig
-from minigpt4_jax.serving.bodies import BodyGuard
+from minigpt4_jax.serving.bodies import BodyGuard, HeaderGuard
 from minigpt4_jax.serving.chat_route import ChatRoute
 from minigpt4_jax.serving.dialogue import detokenize, tokenize
 from minigpt4_jax.serving.errors import ApiError, unavailable
@@ -112,6 +112,7 @@ def make_app(
             "/metrics": told.metrics,
         },
         vocab_size=model.tokenizer.vocab_size,
+        keyed=bool(keys),
     )
     app.router.routes.extend(page_routes(page))
     return app
@@ -140,6 +141,7 @@ def _guards(
         Middleware(Frame, responded=responded),
         *([cors] if access.cors_origins else []),
         Middleware(Refusals, rejected=metrics.rejected),
+        Middleware(HeaderGuard, max_bytes=limits.max_header_bytes),
         Middleware(HostGuard, names=names, open_paths=PROBES),
         Middleware(KeyGuard, keys=keys, open_paths=open_paths),
         Middleware(

@@ -1,6 +1,7 @@
-"""A request's body before anybody parses it: its type, its size, and how long it may take.
+"""A request's size before anybody reads it: its headers, its body, the body's type, and how long it may take.
 
-For: `BodyGuard`, the innermost ASGI middleware. Not for: JSON (`protocol.py`).
+For: `HeaderGuard` and `BodyGuard`, ASGI middlewares; the latter is the innermost. Not for: JSON (`protocol.py`), nor
+headers that do not end (`connections.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,33 @@ from minigpt4_jax.serving.guards import has_body
 
 class ClientGone(Exception):
     """The client closed the connection within its request. Nobody is left to be told."""
+
+
+class HeaderGuard:
+    """Refuses headers that are too large (431). h11 itself bounds only those that come in several pieces.
+
+    Args:
+        max_bytes: of the target and all headers together.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            target = len(scope["raw_path"]) + len(scope["query_string"])
+            found = target + sum(len(name) + len(value) for name, value in scope["headers"])
+            if found > self._max_bytes:
+                raise headers_too_large()
+        await self._app(scope, receive, send)
+
+
+def headers_too_large() -> ApiError:
+    """431 (RFC 6585)."""
+    return ApiError(
+        431, "The headers are too large; expected fewer or shorter ones.", code="headers_too_large"
+    )
 
 
 class BodyGuard:

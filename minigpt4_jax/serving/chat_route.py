@@ -196,7 +196,7 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             log.info("[%s] its client took nothing for %g s", self._job.id, self.send_timeout)
-            abort(scope)
+            await abort(scope)
         finally:
             self._scheduler.cancel(self._job)
 

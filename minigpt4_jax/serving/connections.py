@@ -18,6 +18,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from minigpt4_jax.serving.bodies import headers_too_large
 from minigpt4_jax.serving.errors import ApiError, timed_out, unavailable
 
 log = logging.getLogger(__name__)
@@ -76,19 +77,13 @@ def make_connection(
             error = sys.exception()
             hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
             if hint == 431:
-                self._refuse(
-                    ApiError(
-                        431,
-                        "The headers are too large; expected fewer or shorter ones.",
-                        code="headers_too_large",
-                    )
-                )
+                self._refuse(headers_too_large())
+            elif hint == 501:  # RFC 9112, 6.1
+                said = "The transfer encoding is unknown; expected chunked."
+                self._refuse(ApiError(501, said, code="unknown_transfer_encoding"))
             else:
-                self._refuse(
-                    ApiError(
-                        400, "The request is not valid HTTP/1.1 (RFC 9112).", code="invalid_http"
-                    )
-                )
+                said = "The request is not valid HTTP/1.1 (RFC 9112)."
+                self._refuse(ApiError(400, said, code="invalid_http"))
 
         def _watch_headers(self) -> None:
             self._header_timer = self.loop.call_later(header_timeout_s, self._headers_late)

@@ -30,9 +30,7 @@ from minigpt4_jax.conversation import ContextFull, Conversation
 from minigpt4_jax.presets import UNKNOWN_TO_BEAMS, GenerationConfig
 from minigpt4_jax.serve_config import ServeConfig
 from minigpt4_jax.serving.errors import invalid
-from minigpt4_jax.serving.jobs import Event, Job
-from minigpt4_jax.serving.pictures import PictureSource
-from minigpt4_jax.serving.protocol import (
+from minigpt4_jax.serving.fields import (
     ChatRequest,
     DetokenizeRequest,
     Message,
@@ -40,6 +38,8 @@ from minigpt4_jax.serving.protocol import (
     pictures_of,
     text_of,
 )
+from minigpt4_jax.serving.jobs import Event, Job
+from minigpt4_jax.serving.pictures import PictureSource
 
 SAME_NAME = (
     "temperature",
@@ -177,7 +177,8 @@ def _settings(
         said["min_new_tokens"] = least
     if said.get("num_beams", preset.num_beams) > 1:
         # What the model's own settings draw with gives way to a search; what the request says does not.
-        said = {"temperature": 0.0, **dict.fromkeys(UNKNOWN_TO_BEAMS, 0), **said}
+        off = {name: getattr(GenerationConfig(), name) for name in UNKNOWN_TO_BEAMS}
+        said = {"temperature": 0.0, **off, **said}
     try:
         return dataclasses.replace(preset, max_new_tokens=max_new_tokens, **said)
     except UserError as error:

@@ -171,7 +171,8 @@ class Fetcher:
         return parsed
 
     def _is_listed(self, host: str) -> bool:
-        if not re.fullmatch(_NAME, host):  # a trailing dot, %, an address in brackets
+        # A trailing dot, %, an address in brackets; or longer than a name can be (RFC 1035, section 2.3.4).
+        if not re.fullmatch(_NAME, host) or len(host) > 253:
             return False
         return any(
             host == pattern or (pattern.startswith("*.") and host.endswith(pattern[1:]))

@@ -37,6 +37,8 @@ SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LINGER_S = 2.0
 """How long the rest of a refused body is read and dropped. Closing at once would make the system reset the connection,
 and the client would lose the refusal that it has not read yet."""
+SUCCESSOR_S = 10
+"""Retry-After of a server that ends: by then its supervisor has started another, or routes to one."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -131,17 +133,20 @@ class Refusals:
                 refusal = internal()
             if started:  # the half response must not look like a whole one
                 log.error("[%s] failed after its response had begun; cut off", request_id)
-                abort(scope)
+                await abort(scope)
             else:
                 self._rejected(refusal.code or refusal.kind)
                 await Refusal(refusal)(scope, receive, send)
 
 
-def abort(scope: Scope) -> None:
+async def abort(scope: Scope) -> None:
     """Cuts the connection where `connections.py` offers it: what is buffered for a client that reads nothing goes."""
     cut = scope.get("state", {}).get("abort")
     if cut is not None:
         cut()
+        await asyncio.sleep(
+            0
+        )  # one turn of the loop, in which uvicorn hears that the connection is lost
 
 
 class Refusal(Response):
@@ -155,6 +160,8 @@ class Refusal(Response):
         own = {}
         if error.retry_after_s is not None:
             own["retry-after"] = str(error.retry_after_s)
+        elif error.status == 503:
+            own["retry-after"] = str(SUCCESSOR_S)
         if error.status == 401:
             own["www-authenticate"] = "Bearer"
         super().__init__(

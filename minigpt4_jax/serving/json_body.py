@@ -1,12 +1,12 @@
 """From the bytes of a request to a checked model, or to a refusal that names the field.
 
 For: JSON that nobody vouches for, and the words of every refusal about it. Not for: which fields there are
-(`protocol.py`).
+(`fields.py`).
 
 The parser is pydantic's (jiter): it refuses invalid UTF-8, lone surrogates, NaN, numbers of thousands of digits and
-nesting deeper than 200. Three things are added: a bound on the number of values before anything is parsed (a body of
-32 MiB that says `{},{},...` takes a gigabyte as Python objects), doubled keys, of which parsers silently keep the last
-(RFC 8259 section 4 calls that unpredictable), and refusals in our own words: pydantic's repeat the input.
+nesting deeper than 200. Three things are added: bounds on the number of values, before anything is parsed, and of keys
+(a body of 32 MiB that says `{},{},...` takes a gigabyte as Python objects); doubled keys, of which parsers silently
+keep the last (RFC 8259 section 4 calls that unpredictable); and refusals in our own words: pydantic's repeat the input.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MOST_SHOWN = 60
 """Characters of a value that a refusal repeats; a longer text is only counted."""
+MISSING, WRONG_TYPE, WRONG_VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
+"""OpenAI's codes."""
 OWN_KINDS = ("content", "stop")
 """Error types of the models' own making, whose message says what was expected."""
+MOST_KEYS = 4096
+"""Of one object: more than any has that is taken, and few enough that pydantic's list of complaints stays short."""
 _WHERE = re.compile(r"line \d+ column \d+$")
 _NAMES = {
     bool: "true or false",
@@ -55,18 +59,17 @@ _EXPECTED = {
     "less_than_equal": "at most {le}",
     "string_too_short": "at least {min_length} character(s)",
     "string_too_long": "at most {max_length} characters",
-    "too_short": "at least {min_length} entries",
-    "too_long": "at most {max_length} entries",
+    "too_short": "at least {min_length} item(s)",
+    "too_long": "at most {max_length} items",
     "literal_error": "{expected}",
     "union_tag_invalid": "one of {expected_tags}",
-    "union_tag_not_found": "one to be given",
     "string_pattern_mismatch": "a string of the form {pattern}",
 }
 """By pydantic's error types: what was expected. Any other type is answered with a sentence without details."""
 
 
-class _Doubled(Exception):
-    """A key stands twice in one object."""
+class _BadObject(Exception):
+    """An object with a doubled key, or too many; the text says so in our words."""
 
 
 def read_object(body: bytes, *, most_values: int) -> dict[str, Any]:
@@ -86,11 +89,10 @@ def read_object(body: bytes, *, most_values: int) -> dict[str, Any]:
         )
     try:
         found = pydantic_core.from_json(body, allow_inf_nan=False)
-        json.loads(body, object_pairs_hook=_refuse_doubled)
-    except _Doubled as doubled:
-        raise invalid(
-            f"The key {show(doubled.args[0])} stands twice in one object of the body; expected it once."
-        ) from None
+        # Only for its hook: numbers are left as they are, since long ones take long.
+        json.loads(body, object_pairs_hook=_check_keys, parse_int=str, parse_float=str)
+    except _BadObject as error:
+        raise invalid(str(error)) from None
     except (ValueError, RecursionError) as error:
         where = _WHERE.search(str(error))
         raise invalid(
@@ -102,12 +104,20 @@ def read_object(body: bytes, *, most_values: int) -> dict[str, Any]:
     return found
 
 
-def _refuse_doubled(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise _Doubled(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value] # add
-    return found
+def _check_keys(pairs: Sequence[tuple[str, Any]]) -> None:
+    if len(pairs) > MOST_KEYS:
+        raise _BadObject(
+            f"An object of the body has {len(pairs)} keys; expected at most {MOST_KEYS}."
+        )
+    if len(dict(pairs)) == len(pairs):
+        return
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise _BadObject(
+                f"The key {show(key)} stands twice in one object of the body; expected it once."
+            )
+        seen.add(key)
 
 
 def show(value: Any) -> str:
@@ -170,29 +180,32 @@ def _refusal(error: Mapping[str, Any], plain: dict[str, Any], known: Collection[
     param = _path(error["loc"], plain)
     if kind == "extra_forbidden":
         name = str(error["loc"][-1])
-        close = difflib.get_close_matches(name, known, n=1)
+        # A key may be megabytes long, and difflib looks at every letter.
+        close = difflib.get_close_matches(name[:MOST_SHOWN], known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "/openapi.json lists what there is."
         return invalid(
             f"There is no field {show(name)} here. {hint}",
             param=param,
             code="unknown_parameter",
         )
-    if kind == "missing":
-        return invalid(
-            f"{param} is missing; it is required.", param=param, code="missing_parameter"
-        )
     if kind.startswith("union_tag"):
+        if not isinstance(value, dict):
+            return invalid(
+                f"{param} is {show(value)}; expected an object.", param=param, code=WRONG_TYPE
+            )
         tag = context["discriminator"].strip("'")
-        if isinstance(value, dict):
-            param, value = f"{param}.{tag}", value.get(tag)
-        else:
-            return invalid(f"{param} is {show(value)}; expected an object.", param=param)
+        param, value = f"{param}.{tag}", value.get(tag)
+    if kind in ("missing", "union_tag_not_found"):
+        return invalid(f"{param} is missing; it is required.", param=param, code=MISSING)
     if kind == "value_error":
-        return invalid(f"{param} is {show(value)}; expected {context['error']}.", param=param)
-    if kind in OWN_KINDS:
-        return invalid(f"{param} is {show(value)}; expected {error['msg']}.", param=param)
-    expected = _EXPECTED.get(kind, "another value").format_map(context)
-    return invalid(f"{param} is {show(value)}; expected {expected}.", param=param)
+        expected = str(context["error"])
+    elif kind in OWN_KINDS:
+        expected = error["msg"]
+    else:
+        expected = _EXPECTED.get(kind, "another value").format_map(context)
+    expected = "false" if expected == "False" else expected
+    code = WRONG_TYPE if kind.endswith("_type") or kind in OWN_KINDS else WRONG_VALUE
+    return invalid(f"{param} is {show(value)}; expected {expected}.", param=param, code=code)
 
 
 def _path(loc: Sequence[str | int], plain: Any) -> str:

@@ -61,6 +61,7 @@ class Metrics:
         load: what goes on now; called once for each `render`, on its thread.
         image_cache: whose hits and misses are told; None leaves these names out.
         compiled: how many programs were compiled so far, such as `engine.compiled_programs`; None leaves it out.
+        leaks: how often slots were found taken with no request in them, such as `scheduler.leaks`; None leaves it out.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class Metrics:
         load: Callable[[], Load],
         image_cache: ImageCache | None = None,
         compiled: Callable[[], int] | None = None,
+        leaks: Callable[[], int] | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._values = (model_name, ENGINE)
         self._count_requests()
         self._time_requests()
         self._registry.register(
-            _Now(self._values, load=load, image_cache=image_cache, compiled=compiled)
+            _Now(self._values, load=load, image_cache=image_cache, compiled=compiled, leaks=leaks)
         )
         # Memory, CPU time and open files of the process, under the names that Prometheus gives them everywhere.
         ProcessCollector(registry=self._registry)
@@ -189,7 +191,9 @@ class Metrics:
     def finished(self, record: JobRecord) -> None:
         """A job is over."""
         self._ended[record.outcome].inc()
-        if record.prefill_s is not None:
+        if record.prefill_s is None:  # beams, which come without steps, or nothing at all
+            self._generation_tokens.inc(record.generated_tokens)
+        if record.prefill_s is not None or record.generated_tokens:
             self._prompt_tokens.inc(record.prompt_tokens)
             self._prefix_queries.inc(record.prompt_tokens)
             self._prefix_hits.inc(record.cached_tokens)
@@ -245,9 +249,10 @@ class _Now(Collector):
         load: Callable[[], Load],
         image_cache: ImageCache | None,
         compiled: Callable[[], int] | None,
+        leaks: Callable[[], int] | None,
     ) -> None:
         self._values, self._load = values, load
-        self._image_cache, self._compiled = image_cache, compiled
+        self._image_cache, self._compiled, self._leaks = image_cache, compiled, leaks
 
     def describe(self) -> list[Metric]:
         """Nothing: the scheduler may not exist yet when the metrics are made."""
@@ -279,6 +284,12 @@ class _Now(Collector):
             )
         if self._compiled is not None:
             yield self._counter("compile_events", "Programs that were compiled.", self._compiled())
+        if self._leaks is not None:
+            yield self._counter(
+                "slot_leaks",
+                "How often slots were found taken with no request in them.",
+                self._leaks(),
+            )
 
     def _gauge(self, name: str, said: str, value: int | float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, said, labels=_LABELS)

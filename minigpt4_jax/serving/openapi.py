@@ -53,12 +53,18 @@ SSE = (
 
 
 def add_routes(
-    app: FastAPI, config: ServeConfig, answers: Mapping[str, Answer], *, vocab_size: int
+    app: FastAPI,
+    config: ServeConfig,
+    answers: Mapping[str, Answer],
+    *,
+    vocab_size: int,
+    keyed: bool,
 ) -> None:
     """Adds every route of the API.
 
     Args:
         answers: what answers, by path. Raises `KeyError` for a path without one.
+        keyed: whether a key is asked for.
     """
     bodies = {
         "/v1/chat/completions": chat_schema(config),
@@ -79,7 +85,7 @@ def add_routes(
                     "schema": {"enum": [config.name]},
                 }
             ]
-        if 401 in statuses:
+        if keyed and 401 in statuses:
             extra["security"] = [{"bearer": []}, {"key": []}]
         app.add_api_route(
             path,
@@ -94,7 +100,8 @@ def add_routes(
             },
             openapi_extra=extra,
         )
-    _describe_keys(app)
+    if keyed:
+        _describe_keys(app)
 
 
 def _table() -> list[tuple[str, str, tuple[int, ...], Schema]]:

@@ -3,8 +3,9 @@
 For: what URLs are taken, limits before anything is decoded, and decoding on a few threads with a deadline. Not for:
 opening pictures (`data/images.py` alone does that), hosts and addresses (`fetch.py`), or the embeddings' cache.
 
-Memory: a picture of 50 million pixels is 150 MB as RGB, and with transparency to lay on white about five times that
-for a moment; `num_threads` of them at once.
+Memory: PIL keeps 4 bytes a pixel, and hashing takes a copy: a picture of 49 million pixels took 470 MiB for a moment,
+and 940 MiB with transparency to lay on white (measured). There are `num_threads` of them at once, and as many again
+where some take longer than their time.
 
 Differs from the original, where Gradio decodes whatever PIL knows in the handler of the request.
 """
@@ -85,6 +86,11 @@ class PictureReader:
         if unknown := set(config.formats) - set(FORMATS):
             raise UserError(
                 f"pictures.formats has {', '.join(sorted(unknown))}; expected some of {', '.join(FORMATS)}."
+            )
+        if config.fetch_plain_http and not config.fetch_hosts:
+            raise UserError(
+                "pictures.fetch_plain_http is set and pictures.fetch_hosts is empty: expected hosts to fetch from. "
+                "Name some, or leave both out."
             )
         self._prepare, self._config, self._decoded = prepare, config, decoded
         self._limits = PictureLimits(
@@ -191,7 +197,7 @@ class PictureReader:
         except asyncio.CancelledError:
             # The client has left. What waits is dropped; what runs must not keep its thread for ever.
             for future in futures:
-                if not future.cancel():
+                if not future.cancel() and not future.done():
                     asyncio.get_running_loop().call_later(limit_s, self._workers.give_up, future)
             raise
         return [self._outcome(future) for future in futures]

@@ -17,8 +17,8 @@ from typing import Any
 from minigpt4_jax.config import IMAGE_TOKEN_ID
 from minigpt4_jax.data.tokenizer import Tokenizer
 from minigpt4_jax.serving.errors import ApiError
+from minigpt4_jax.serving.fields import ChatRequest
 from minigpt4_jax.serving.jobs import Done, Ended, Event, Failed, Job, Piece, Started, Token
-from minigpt4_jax.serving.protocol import ChatRequest
 
 VERY_UNLIKELY = -9999.0
 """OpenAI's stand-in for a log-probability that JSON cannot write."""

@@ -9,18 +9,17 @@ Differs from the original, whose demo answers one visitor at a time in the web f
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.generation.engine import CompileProgress
 from minigpt4_jax.serve_config import FaultsConfig
-from minigpt4_jax.serving.errors import ApiError, internal, overloaded, timed_out, unavailable
-from minigpt4_jax.serving.jobs import Event, Failed, Job, JobRecord, Load, Observer, Outcome
+from minigpt4_jax.serving.errors import ApiError, internal, timed_out, unavailable
+from minigpt4_jax.serving.jobs import Failed, Job, Load, Observer
+from minigpt4_jax.serving.register import Quiet, Register
 from minigpt4_jax.serving.rows import Task
 from minigpt4_jax.serving.slots import Slots
 from minigpt4_jax.serving.watchdog import Clock, FaultWindow, Watchdog
@@ -28,13 +27,8 @@ from minigpt4_jax.serving.watchdog import Clock, FaultWindow, Watchdog
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "draining", "broken", "stopped"]
-EMIT_S = 1.0
-"""How long a job's end waits for an event of it that is being emitted just then. An `emit` that takes longer hangs, and
-the end goes on without it."""
 JOIN_S = 30.0
 """How long `close` waits for a thread. Only one that hangs in the device, or compiles a large program, takes longer."""
-RECENT_JOBS = 32
-"""Jobs whose times `Retry-After` is estimated from."""
 
 
 class Scheduler:
@@ -60,26 +54,21 @@ class Scheduler:
         clock: Clock = time.monotonic,
     ) -> None:
         self._engine, self._context = model.engine, model.context
-        self._max_waiting, self._observer, self._on_fatal = max_waiting, observer, on_fatal
-        self._clock = clock
-        self._lock = threading.Condition()
+        self._observer, self._on_fatal, self._clock = Quiet(observer), on_fatal, clock
         self._state: State = "starting"
-        self._tasks: dict[Job, Task] = {}
-        self._waiting: deque[Task] = deque()
-        self._over: deque[Task] = deque()
-        """Jobs that are over and may still have something in the engine."""
         self._progress: CompileProgress | None = None
-        self._recent: deque[float] = deque(maxlen=RECENT_JOBS)
+        self._faults = faults
         self._window = FaultWindow(
             max_faults=faults.max_faults, window_s=faults.faults_window_s, clock=clock
         )
-        self._faults = faults
         self._watchdog = Watchdog(self._stalled, stall_s=faults.stall_s, clock=clock)
+        self._jobs = Register(max_waiting=max_waiting, observer=self._observer, clock=clock)
+        self._lock = self._jobs.lock
         self._slots = Slots(
             model,
-            observer=_Quiet(observer),
-            tell=self._tell,
-            end=self._end,
+            observer=self._observer,
+            tell=self._jobs.tell,
+            end=self._jobs.end,
             fault=self._fault,
             moved=self._watchdog.moved,
             clock=clock,
@@ -113,30 +102,20 @@ class Scheduler:
         """
         with self._lock:
             self._refuse_unless_ready()
-            if job in self._tasks:
-                raise ValueError(f"The job {job.id} was submitted already; expected a new one.")
-            if self._left_waiting() >= self._max_waiting:
-                raise overloaded(
-                    f"{self._max_waiting} requests wait already, as many as may; try again later.",
-                    retry_after_s=self._retry_after_s(),
-                )
-            task = Task(job)
-            self._tasks[job] = task
-            self._waiting.append(task)
-            self._lock.notify_all()
+            self._jobs.add(job, free=self._slots.free, running=len(self._slots.tasks))
 
     def cancel(self, job: Job) -> None:
         """Ends a job wherever it is; nothing is emitted any more, and its slots are free within one step. Does nothing
         for a job that is over."""
         with self._lock:
-            task = self._tasks.get(job)
+            task = self._jobs.tasks.get(job)
         if task is not None:
-            self._end(task, "abort", None)
+            self._jobs.end(task, "abort", None)
 
     def load(self) -> Load:
         """What is going on now."""
         with self._lock:
-            waiting, tasks = len(self._waiting), self._slots.tasks
+            waiting, tasks = len(self._jobs.waiting), self._slots.tasks
         running = [g for task in tasks for g in task.handles if g.slot >= 0]
         used = sum(generation.length + len(generation.ids) for generation in running)
         num_slots = self._engine.num_slots
@@ -159,9 +138,9 @@ class Scheduler:
             if self._state in ("starting", "ready"):
                 self._state = "draining"
             self._lock.wait_for(
-                lambda: not self._tasks or self._state in ("broken", "stopped"), timeout_s
+                lambda: not self._jobs.tasks or self._state in ("broken", "stopped"), timeout_s
             )
-            left, intact = list(self._tasks.values()), self._state == "draining"
+            left, intact = list(self._jobs.tasks.values()), self._state == "draining"
         self._fail_all(left)
         return intact and not left
 
@@ -169,7 +148,7 @@ class Scheduler:
         """Fails what is left with 503 and ends the threads. The engine is free then, unless it hangs."""
         with self._lock:
             self._state = "stopped"
-            left = list(self._tasks.values())
+            left = list(self._jobs.tasks.values())
             self._lock.notify_all()
         self._fail_all(left)
         self._watchdog.stop()
@@ -183,7 +162,9 @@ class Scheduler:
 
     def _fail_all(self, tasks: list[Task]) -> None:
         for task in tasks:
-            self._end(task, "abort", Failed(unavailable("The server shuts down; ask again later.")))
+            self._jobs.end(
+                task, "abort", Failed(unavailable("The server shuts down; ask again later."))
+            )
 
     def _refuse_unless_ready(self) -> None:
         if self._state == "starting":
@@ -191,61 +172,10 @@ class Scheduler:
         if self._state != "ready":
             raise unavailable("The server shuts down; ask again later.")
 
-    def _left_waiting(self) -> int:
-        """Jobs that would still wait after all free slots were given away."""
-        free, left = self._slots.free, 0
-        for task in self._waiting:
-            if left or task.searches or free <= 0:
-                left += 1
-            free -= task.slots
-        return left
-
-    def _retry_after_s(self) -> int:
-        """When a place in the queue is likely to be free: jobs side by side end so often."""
-        if not self._recent:
-            return 1
-        mean_s = sum(self._recent) / len(self._recent)
-        return max(1, math.ceil(mean_s / max(1, len(self._slots.tasks))))
-
-    # --- telling, ending ---
-
-    def _tell(self, task: Task, event: Event) -> None:
-        with task.lock:
-            if not task.over and not _emit(task, event):
-                self._end(task, "abort", None)
-
-    def _end(self, task: Task, outcome: Outcome, event: Event | None) -> None:
-        """Once for each job, whoever is first; on any thread."""
-        locked = task.lock.acquire(timeout=EMIT_S)
-        try:
-            if task.over:
-                return
-            task.ended_s, task.outcome = self._clock(), outcome
-            if not locked:
-                logger.error("The emit of request %s hangs; its end is not told.", task.job.id)
-            elif event is not None:
-                _emit(task, event)
-        finally:
-            if locked:
-                task.lock.release()
-        with self._lock:
-            if task in self._waiting:
-                self._waiting.remove(task)
-            self._over.append(task)
-            self._lock.notify_all()
-
-    def _forget(self, task: Task) -> None:
-        with self._lock:
-            known = self._tasks.pop(task.job, None)
-            record = task.record()
-            if known is not None and task.taken_s is not None:
-                self._recent.append(record.total_s - record.queue_s)
-            self._lock.notify_all()
-        if known is not None:
-            _Quiet(self._observer).finished(record)
+    # --- giving up ---
 
     def _fault(self) -> None:
-        _Quiet(self._observer).faulted()
+        self._observer.faulted()
         if self._window.add():
             self._break(
                 f"the engine failed more than {self._faults.max_faults} times within "
@@ -261,14 +191,14 @@ class Scheduler:
             if self._state in ("broken", "stopped"):
                 return
             self._state = "broken"
-            tasks, waiting = list(self._tasks.values()), set(self._waiting)
+            tasks, waiting = list(self._jobs.tasks.values()), set(self._jobs.waiting)
         logger.critical("The engine is given up: %s", reason)
         for task in tasks:
             error: ApiError = internal()
             if task in waiting:
                 error = unavailable("The server is broken and ends; ask again later.")
-            self._end(task, "error", Failed(error))
-            self._forget(task)
+            self._jobs.end(task, "error", Failed(error))
+            self._jobs.forget(task)
         self._watchdog.stop()
         try:
             self._on_fatal(reason)
@@ -327,7 +257,7 @@ class Scheduler:
         """Sleeps while there is nothing to do; False when the thread has to end."""
         with self._lock:
             while self._state in ("ready", "draining"):
-                if self._waiting or self._over or self._slots.tasks:
+                if self._jobs.waiting or self._jobs.over or self._slots.tasks:
                     self._watchdog.moved()
                     return True
                 self._watchdog.rest()
@@ -339,7 +269,9 @@ class Scheduler:
         """One round: who is over leaves, who is next comes, and all that is in the engine goes one step on."""
         self._expire()
         self._sweep()
-        taken = self._take()
+        with self._lock:
+            taken = self._jobs.take(self._slots.free)
+            self._slots.reserve(taken)
         if taken:
             self._slots.begin(taken)
             self._sweep()
@@ -350,78 +282,21 @@ class Scheduler:
 
     def _expire(self) -> None:
         with self._lock:
-            tasks = list(self._tasks.values())
+            tasks = list(self._jobs.tasks.values())
         now = self._clock()
         for task in tasks:
             if task.job.deadline_s <= now:
                 seconds = now - task.job.arrived_s
                 text = f"The answer was not complete after {seconds:.0f} s, the time that a request has."
-                self._end(task, "timeout", Failed(timed_out(text)))
+                self._jobs.end(task, "timeout", Failed(timed_out(text)))
 
     def _sweep(self) -> None:
         """Takes the jobs that are over out of the engine."""
-        while self._over:
-            task = self._over.popleft()
+        while self._jobs.over:
+            task = self._jobs.over.popleft()
             self._slots.release(task)
-            self._forget(task)
-
-    def _take(self) -> list[Task]:
-        """The next jobs in their order: all that slots are free for, or one that beams answer."""
-        taken: list[Task] = []
-        with self._lock:
-            free = self._slots.free
-            while self._waiting:
-                head = self._waiting[0]
-                if head.searches:
-                    if not taken:
-                        taken.append(self._waiting.popleft())
-                    break
-                if free <= 0:
-                    break
-                taken.append(self._waiting.popleft())
-                free -= head.slots
-            self._slots.reserve(taken)
-        return taken
+            self._jobs.forget(task)
 
 
 class _Closed(Exception):
     """Compiling ends: nobody waits for it any more."""
-
-
-def _emit(task: Task, event: Event) -> bool:
-    try:
-        task.job.emit(event)
-    # Not ours: whatever it is, it is this job's alone.
-    except Exception:
-        logger.exception("The emit of request %s failed; the request is given up.", task.job.id)
-        return False
-    return True
-
-
-class _Quiet:
-    """An observer whose mistakes are logged and end no request."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    def _call(self, method: Callable[..., None], *args: Any) -> None:
-        try:
-            method(*args)
-        # Not ours: figures may be missing, answers not.
-        except Exception:
-            logger.exception("The observer failed")
-
-    def first_token(self, seconds: float) -> None:
-        self._call(self._observer.first_token, seconds)
-
-    def next_token(self, seconds: float) -> None:
-        self._call(self._observer.next_token, seconds)
-
-    def stepped(self, num_tokens: int) -> None:
-        self._call(self._observer.stepped, num_tokens)
-
-    def finished(self, record: JobRecord) -> None:
-        self._call(self._observer.finished, record)
-
-    def faulted(self) -> None:
-        self._call(self._observer.faulted)

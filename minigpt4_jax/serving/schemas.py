@@ -1,7 +1,7 @@
 """JSON schemas for `/openapi.json`: what requests may be and what answers are.
 
 For: documentation that programs read; clients and fuzzers generate requests from it. Not for: checking requests
-(`protocol.py` does, with the same models).
+(`protocol.py` does, with the same models of `fields.py`).
 
 The request schemas say every rule that JSON Schema can say, fields that depend on each other among them. Left to a 400
 are: whether a URL is a picture, how many tokens a text has, the order of roles, the sum of all texts, and what depends
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from minigpt4_jax.serve_config import ServeConfig
-from minigpt4_jax.serving.protocol import (
+from minigpt4_jax.serving.fields import (
     UNSUPPORTED,
     UNSUPPORTED_TOKENIZE,
     ChatRequest,
@@ -37,6 +37,7 @@ def chat_schema(config: ServeConfig) -> Schema:
     properties["model"] = {**properties["model"], "const": config.name}
     _bound(properties["n"], config.limits.max_n)
     _bound(properties["num_beams"], config.limits.max_beams)
+    properties["logit_bias"]["anyOf"][0]["additionalProperties"] = False
     schema["allOf"] = [
         _only_with({"stream_options": _UNSET}, {"stream": {"const": True}}),
         _only_with({"top_logprobs": _UNSET}, {"logprobs": {"const": True}}),
@@ -65,8 +66,10 @@ def _searched() -> Schema:
             num_beams={"type": "integer", "minimum": 2},
             n={"enum": [1, 2, None]},
             logit_bias=_UNSET,
-            **dict.fromkeys(("stream", "logprobs", "ignore_eos"), _OFF),
-            **dict.fromkeys(off, {"enum": [0, None]}),
+            stream=_OFF,
+            logprobs=_OFF,
+            ignore_eos=_OFF,
+            **{name: {"enum": [0, None]} for name in off},
         ),
     }
 
@@ -74,7 +77,6 @@ def _searched() -> Schema:
 def tokenize_schema(config: ServeConfig) -> Schema:
     """Of the body of `/tokenize`."""
     schema = _request_schema(TokenizeRequest, UNSUPPORTED_TOKENIZE, config)
-    schema["properties"]["prompt"] = _with_length(schema["properties"]["prompt"], config)
     schema["properties"]["model"] = {"enum": [config.name, None]}
     schema["anyOf"] = [
         {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": _UNSET}},
@@ -111,12 +113,14 @@ def _request_schema(
             "enum": [None, *harmless],
             "description": "Not supported; these values change nothing.",
         }
-    schema = _inlined(schema, schema.pop("$defs", {}))
+    schema = dict(_inlined(schema, schema.pop("$defs", {})))
     messages = schema["properties"].get("messages")
     if messages is not None:
         for part in [messages, *messages.get("anyOf", ())]:
             if part.get("type") == "array":
                 part["maxItems"] = config.limits.max_messages
+                part["contains"] = {"required": ["role"], **_has(role={"const": "user"})}
+    _bound_strings(schema["properties"], config.limits.max_text_chars)
     return schema
 
 
@@ -143,14 +147,15 @@ def _bound(schema: Schema, most: int) -> None:
             option["maximum"] = most
 
 
-def _with_length(schema: Schema, config: ServeConfig) -> Schema:
-    options = [
-        {**option, "maxLength": config.limits.max_text_chars}
-        if option.get("type") == "string"
-        else option
-        for option in schema["anyOf"]
-    ]
-    return {**schema, "anyOf": options}
+def _bound_strings(node: Any, most: int) -> None:
+    """Adds a greatest length to every string that has none."""
+    if isinstance(node, dict):
+        if node.get("type") == "string" and not {"const", "enum", "maxLength"} & set(node):
+            node["maxLength"] = most
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            _bound_strings(item, most)
 
 
 def _only_with(field: Schema, condition: Schema) -> Schema:

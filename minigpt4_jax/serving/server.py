@@ -144,7 +144,8 @@ class Server:
         progress: Progress | None = None,
         began_s: float | None = None,
     ) -> None:
-        self._config, self._listener, self._say, self._progress = config, listener, say, progress
+        self.config = config
+        self._listener, self._say, self._progress = listener, say, progress
         self._began_s = time.monotonic() if began_s is None else began_s
         self.metrics = Metrics(
             config.name,
@@ -168,7 +169,7 @@ class Server:
         self._code = 0
 
     def _uvicorn_config(self) -> uvicorn.Config:
-        limits = self._config.limits
+        limits = self.config.limits
         return uvicorn.Config(
             self.app,
             http=make_connection(
@@ -177,7 +178,7 @@ class Server:
                 write_timeout_s=limits.write_timeout_s,
             ),
             ws="none",
-            lifespan="on",
+            lifespan="off",  # `_run` does it: uvicorn logs a traceback for one that a second signal cuts off
             log_config=None,
             access_log=False,  # guards.Frame writes one, with the request's id and without its query
             proxy_headers=False,  # else a client names its own address
@@ -213,7 +214,8 @@ class Server:
         self._say(f"Listening at {self.address}; compiling what requests need.")
         announcing = self._loop.create_task(self._announce())
         try:
-            await self._uvicorn.serve([self._listener])
+            async with self.app.router.lifespan_context(self.app):
+                await self._uvicorn.serve([self._listener])
         finally:
             announcing.cancel()
             if self._code == 0:  # else its thread may hang, or somebody asked to end at once
@@ -225,7 +227,7 @@ class Server:
             await asyncio.sleep(LOOK_S)
         if self.scheduler.state == "ready":
             took_s = time.monotonic() - self._began_s
-            page = f"; chat at {self.address}" if self._config.page else ""
+            page = f"; chat at {self.address}" if self.config.page else ""
             self._say(f"Ready in {took_s:.1f} s: {self.address}/v1{page}")
 
     def _stop(self) -> None:
@@ -236,15 +238,15 @@ class Server:
             return
         self._stopping = True
         self._say(
-            f"Stopping: what is being answered may take {self._config.faults.drain_s:g} s more. A second signal ends "
+            f"Stopping: what is being answered may take {self.config.faults.drain_s:g} s more. A second signal ends "
             "it at once."
         )
         # Not a thread of the loop's executor: that one would be waited for by a second signal too.
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
     def _drain(self) -> None:
-        if not self.scheduler.drain(self._config.faults.drain_s):
-            log.warning("not all was answered within %g s", self._config.faults.drain_s)
+        if not self.scheduler.drain(self.config.faults.drain_s):
+            log.warning("not all was answered within %g s", self.config.faults.drain_s)
         self._uvicorn.should_exit = True
 
     def _on_fatal(self, reason: str) -> None:

@@ -20,6 +20,9 @@ from minigpt4_jax.serving.watchdog import Clock
 
 logger = logging.getLogger(__name__)
 
+LOST = ("error", "cancelled")
+"""How an answer ends in the engine that is not complete. Nobody else cancels, so that only Ctrl-C gives the second."""
+
 
 class Slots:
     """What is in the engine now.
@@ -161,7 +164,7 @@ class Slots:
             # A mistake in reading one answer is that job's alone.
             except Exception as error:
                 self._fail(task, error)
-            lost = [handle for handle, row in _open(task) if handle.finish_reason == "error"]
+            lost = [handle for handle, row in _open(task) if handle.finish_reason in LOST]
             if lost and not task.over:
                 not_finite |= not faulted
                 self._fail(task, lost[0].error)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from minigpt4_jax.config import UserError
-from minigpt4_jax.data.images import load_image
+from minigpt4_jax.data.images import MAX_JPEG_SCANS, PictureError, load_image
+from tests.hostile_pictures import many_scans
 from tests.planted import encoded
 
 RED = (255, 0, 0)
@@ -168,3 +169,38 @@ def test_an_odd_name_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
     path = tmp_path / "caf\udce9\n.png"
     path.write_bytes(encoded(Image.new("RGB", (2, 2), RED), "PNG"))
     assert load_image(path).getpixel((0, 0)) == RED
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert load_image(many_scans(MAX_JPEG_SCANS)).size == (64, 64)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="a JPEG in 101 scans; expected at most 100"):
+        load_image(many_scans(MAX_JPEG_SCANS + 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "fault", "plain"),
+    [
+        (b"", "empty", "it is empty (0 bytes). Copy"),
+        (b"hello", "format", "it is damaged or not a picture. Expected one of PNG, JPEG"),
+        (b"%PDF-1.7", "format", "it is a PDF document. Expected one of PNG, JPEG"),
+        (many_scans(3)[:400], "damaged", "it is damaged or not a picture. Expected one of PNG"),
+        (
+            encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"),
+            "samples",
+            "the range of its samples is not known. Expected 8 or 16 bits",
+        ),
+    ],
+)
+def test_the_plain_words_have_neither_the_name_of_the_file_nor_the_librarys_text(
+    tmp_path: Path, data: bytes, fault: str, plain: str
+) -> None:
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(data)
+    with pytest.raises(PictureError, match=r"holiday\.jpg") as caught:
+        load_image(path)
+    assert caught.value.fault == fault
+    assert caught.value.plain.startswith(plain)
+    assert "(" not in caught.value.plain.replace("(0 bytes)", "")

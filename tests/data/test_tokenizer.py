@@ -24,6 +24,9 @@ TEXTS = [
 ]
 
 
+TEXTS = ("a b", "a\nb", "a 日 b😀", "<s> <0x41> ###", "é\u2028\x00", "  a  ", "")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return byte_tokenizer()
@@ -152,6 +155,56 @@ def test_byte_pieces_spell_what_has_no_piece() -> None:
         assert "\ufffd" not in "".join(pieces)
         assert "".join(pieces) + decoder.flush() == text
     assert tokenizer.decode([1, *tokenizer.encode("\n")], skip_special=False).startswith("<s>")
+
+
+def merging_tokenizer() -> Tokenizer:
+    """Byte-level with merges: one token is a space and a letter, another a space and a third of a character."""
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("\u0120", "a"), ("\u0120", "\u00e6")]  # a space and 0xE6, which begins 日
+    vocabulary = [*symbols, *(first + second for first, second in merges)]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={symbol: i for i, symbol in enumerate(vocabulary)}, merges=merges
+        )
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_tokens([tokenizers.AddedToken("ŧé", special=False)])
+    backend.add_special_tokens(["<end>"])
+    return Tokenizer(backend, bos_token=None, eos_token="<end>", pad_token=None)
+
+
+def test_the_bytes_of_byte_level_tokens_join_to_the_text() -> None:
+    merging = merging_tokenizer()
+    for tokenizer in (byte_tokenizer(), merging):
+        for text in TEXTS:
+            found = [tokenizer.token_bytes(token) for token in tokenizer.encode(text)]
+            assert b"".join(data or b"" for data in found) == text.encode()
+    assert [merging.token_bytes(token) for token in merging.encode("b 日")] == [
+        *(b"b", b" \xe6"),
+        *(b"\x97", b"\xa5"),
+    ]
+
+
+def test_the_bytes_of_sentencepiece_tokens_join_to_the_text_behind_its_space() -> None:
+    tokenizer = sentencepiece_like()
+    for text in TEXTS:
+        found = [tokenizer.token_bytes(token) for token in tokenizer.encode(text)]
+        assert b"".join(data or b"" for data in found) == (f" {text}" if text else "").encode()
+
+
+def test_control_tokens_have_a_name_and_no_bytes() -> None:
+    for tokenizer, name in ((merging_tokenizer(), "<end>"), (sentencepiece_like(), "</s>")):
+        assert tokenizer.token_bytes(tokenizer.eos_id) is None
+        assert tokenizer.token_name(tokenizer.eos_id) == name
+        assert tokenizer.token_bytes(tokenizer.vocab_size) is None
+        assert tokenizer.token_name(tokenizer.vocab_size) is None
+
+
+def test_an_added_word_is_written_as_it_is() -> None:
+    merging = merging_tokenizer()
+    (token,) = merging.encode("ŧé")
+    assert merging.token_bytes(token) == "ŧé".encode()
 
 
 def test_a_bad_byte_spoils_only_itself() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -121,12 +122,12 @@ class FakeEngine(Engine):
     ) -> list[list[Hypothesis]]:
         self.on_search()
         return [
-            [
-                Hypothesis(list(self._script(request.with_seed_plus(beam))), -float(beam))
-                for beam in range(num_beams)
-            ]
+            [Hypothesis(self._beam(request, beam), -float(beam)) for beam in range(num_beams)]
             for request in requests
         ]
+
+    def _beam(self, request: Request, number: int) -> list[int]:
+        return list(self._script(request.with_seed_plus(number)))[: request.max_new_tokens]
 
     def encode_images(self, images: Any) -> list[Any]:
         self.encoded.append(len(images))
@@ -249,9 +250,15 @@ class Bench:
     """A scheduler whose thread is the test: `turn` is one round of it."""
 
     def __init__(
-        self, model: MiniGPT4, *, max_waiting: int = 8, faults: FaultsConfig | None = None
+        self,
+        model: MiniGPT4,
+        *,
+        max_waiting: int = 8,
+        faults: FaultsConfig | None = None,
+        real_time: bool = False,
     ) -> None:
         self.model, self.clock, self.notes = model, Clock(), Notes()
+        self.time: Callable[[], float] = time.monotonic if real_time else self.clock
         self.fatal: list[str] = []
         self.names = itertools.count()
         self.scheduler = Scheduler(
@@ -260,7 +267,7 @@ class Bench:
             faults=faults or FaultsConfig(),
             observer=self.notes,
             on_fatal=self.fatal.append,
-            clock=self.clock,
+            clock=self.time,
         )
 
     @property
@@ -268,9 +275,8 @@ class Bench:
         return self.model.engine
 
     def job(self, question: str = "What?", **settings: Any) -> tuple[Job, Listener]:
-        return make_job(
-            self.model, question, id=f"job-{next(self.names)}", now_s=self.clock.now_s, **settings
-        )
+        settings = {"id": f"job-{next(self.names)}", "now_s": self.time(), **settings}
+        return make_job(self.model, question, **settings)
 
     def submit(self, question: str = "What?", **settings: Any) -> tuple[Job, Listener]:
         job, heard = self.job(question, **settings)

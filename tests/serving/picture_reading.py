@@ -57,10 +57,14 @@ def read(made: PictureReader, *urls: str) -> list[PreparedImage]:
     return asyncio.run(made.read(sources(*urls)))
 
 
-def refusal(made: PictureReader, urls: Sequence[str]) -> ApiError | None:
-    """None where all of them were read."""
+def read_or_refusal(made: PictureReader, *urls: str) -> list[PreparedImage] | ApiError:
     try:
-        read(made, *urls)
+        return read(made, *urls)
     except ApiError as error:
         return error
-    return None
+
+
+def refusal(made: PictureReader, urls: Sequence[str]) -> ApiError | None:
+    """None where all of them were read."""
+    result = read_or_refusal(made, *urls)
+    return result if isinstance(result, ApiError) else None

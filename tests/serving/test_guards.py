@@ -142,7 +142,7 @@ def test_a_mistake_of_ours_is_a_500_without_its_text_and_a_traceback_with_the_id
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise KeyError("secret at 0x7f00")
 
-    reply = run(framed(broken), headers={"x-request-id": "the-id"}, parts=())
+    reply = run(framed(broken), method="GET", headers={"x-request-id": "the-id"})
     assert reply.status == 500
     assert reply.error["code"] == "internal_error"
     assert b"secret" not in reply.body

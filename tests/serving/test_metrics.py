@@ -47,6 +47,7 @@ OWN = {
     "engine_stall_seconds": "gauge",
     "engine_faults": "counter",
     "compile_events": "counter",
+    "slot_leaks": "counter",
     "image_decode_seconds": "histogram",
     "image_cache_hits": "counter",
     "image_cache_misses": "counter",
@@ -77,7 +78,9 @@ RECORD = JobRecord(
 
 
 def make(load: Callable[[], Load] = lambda: LOAD) -> Metrics:
-    return Metrics("smol", load=load, image_cache=ImageCache(1000), compiled=lambda: 7)
+    return Metrics(
+        "smol", load=load, image_cache=ImageCache(1000), compiled=lambda: 7, leaks=lambda: 0
+    )
 
 
 def scrape(metrics: Metrics) -> dict[str, Metric]:
@@ -141,17 +144,21 @@ def test_gauges_are_of_the_moment_of_the_scrape() -> None:
 
 def test_caches_and_the_compiler_are_read_where_there_are_any() -> None:
     cache = ImageCache(1000)
-    metrics = Metrics("smol", load=lambda: LOAD, image_cache=cache, compiled=lambda: 7)
+    metrics = Metrics(
+        "smol", load=lambda: LOAD, image_cache=cache, compiled=lambda: 7, leaks=lambda: 2
+    )
     cache.put("a", "embedding", num_bytes=1)
     assert [cache.get(key) for key in "aab"] == ["embedding", "embedding", None]
     assert value(metrics, "image_cache_hits", "_total") == 2
     assert value(metrics, "image_cache_misses", "_total") == 1
     assert value(metrics, "compile_events", "_total") == 7
+    assert value(metrics, "slot_leaks", "_total") == 2
     without = scrape(Metrics("smol", load=lambda: LOAD))
     assert (VLLM | OWN).keys() - without.keys() == {
         "image_cache_hits",
         "image_cache_misses",
         "compile_events",
+        "slot_leaks",
     }
 
 
@@ -214,6 +221,16 @@ def test_what_never_had_a_slot_adds_to_its_waiting_and_to_no_prompt_that_was_rea
     assert value(metrics, "request_prefill_time_seconds", "_count") == 0
     assert value(metrics, "request_inference_time_seconds", "_count") == 0
     assert value(metrics, "prompt_tokens", "_total") == 0
+
+
+def test_beams_which_tell_no_steps_are_counted_when_they_end() -> None:
+    metrics = make()
+    metrics.finished(replace(RECORD, prefill_s=None, decode_s=None))
+    assert value(metrics, "generation_tokens", "_total") == 11
+    assert value(metrics, "prompt_tokens", "_total") == 100
+    assert value(metrics, "e2e_request_latency_seconds", "_count") == 1
+    metrics.finished(RECORD)
+    assert value(metrics, "generation_tokens", "_total") == 11, "its steps told them before"
 
 
 def test_tokens_are_counted_as_they_come_in_buckets_that_tell_milliseconds_apart() -> None:

@@ -19,6 +19,7 @@ from minigpt4_jax.serve_config import PicturesConfig
 from minigpt4_jax.serving import pictures
 from minigpt4_jax.serving.errors import ApiError
 from minigpt4_jax.serving.pictures import PictureReader
+from tests.hostile_urls import LOCAL_FILE
 from tests.planted import encoded
 from tests.serving.picture_reading import SIZE, data_url, encoder, read, reader, refusal, sources
 
@@ -60,53 +61,19 @@ def test_no_picture_is_no_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    "head",
-    [
-        "data:image/png;base64,",
-        "DATA:Image/PNG;BASE64,",
-        "data:image/jpeg;base64,",  # the declared type is not believed
-        "data:image/png;charset=utf-8;name=x;base64,",
-        "data:application/octet-stream;base64,",
-    ],
-)
-def test_spellings_of_a_data_url_that_are_taken(head: str) -> None:
-    with reader() as made:
-        assert len(read(made, head + BASE64)) == 1
-
-
-@pytest.mark.parametrize(
     ("url", "said", "code"),
     [
         (BASE64, "no scheme", "invalid_image_url"),
         ("", "no scheme", "invalid_image_url"),
         ("../etc/passwd", "no scheme", "invalid_image_url"),
         ("//images.example.org/a.png", "no scheme", "invalid_image_url"),
-        ("file:///etc/passwd", "not taken from file:", "invalid_image_url"),
-        ("FILE:///etc/passwd", "not taken from file:", "invalid_image_url"),
+        (LOCAL_FILE, "not taken from file:", "invalid_image_url"),
+        (LOCAL_FILE.upper(), "not taken from file:", "invalid_image_url"),
         ("ftp://images.example.org/a.png", "not taken from ftp:", "invalid_image_url"),
         ("blob:https://a.example.org/1", "not taken from blob:", "invalid_image_url"),
         ("javascript:alert(1)", "not taken from javascript:", "invalid_image_url"),
         ("http://images.example.org/a.png", "no pictures from http:", "invalid_image_url"),
         ("https://images.example.org/a.png", "no pictures from https:", "invalid_image_url"),
-        ("data:", "not in base64", "invalid_image_url"),
-        ("data:image/png," + BASE64, "not in base64", "invalid_image_url"),
-        ("data:image/png;base64" + BASE64, "not in base64", "invalid_image_url"),
-        ("data:image/png;base64;x=1," + BASE64, "not in base64", "invalid_image_url"),
-        (f"data:image/png;x={'y' * 300};base64,{BASE64}", "longer than 256", "invalid_image_url"),
-        (f"data:text/html;base64,{BASE64}", "not declare", "unsupported_image_media_type"),
-        (f"data:;base64,{BASE64}", "not declare", "unsupported_image_media_type"),
-        ("data:image/png;base64,", "no picture in it", "empty_image_file"),
-        ("data:image/png;base64,====", "not in base64", "invalid_base64_image"),
-        (f"data:image/png;base64,{BASE64[:40]}\n{BASE64[40:]}", "base64", "invalid_base64_image"),
-        (f"data:image/png;base64,{BASE64[:41]}", "multiple of 4", "invalid_base64_image"),
-        (f"data:image/png;base64,{BASE64}AAAA", "base64", "invalid_base64_image"),
-        (
-            f"data:image/png;base64,{BASE64.replace('=', '%3D')}",
-            "percent signs",
-            "invalid_base64_image",
-        ),
-        (f"data:image/png;base64,é{BASE64}", "base64", "invalid_base64_image"),
-        (f"data:image/png;base64,_-{BASE64[2:]}", "base64", "invalid_base64_image"),
         (data_url(b"hello, world"), "not a picture", "invalid_image_format"),
         (data_url(PNG[:44]), "damaged", "image_parse_error"),
     ],
@@ -118,9 +85,6 @@ def test_what_is_not_taken_is_refused_with_what_is(url: str, said: str, code: st
     assert (error.status, error.param, error.code) == (400, "pictures[0]", code)
     assert said in error.message
     assert "xpected" in error.message
-
-
-assert BASE64.endswith("=")  # the cases above need a padded one
 
 
 @pytest.mark.parametrize(
@@ -143,14 +107,6 @@ def test_the_limits_of_the_configuration_hold(limits: dict[str, Any], said: str,
     assert said in error.message
 
 
-def test_too_many_bytes_are_refused_by_their_length_before_they_are_decoded() -> None:
-    with reader(PicturesConfig(max_bytes=1000)) as made:
-        error = refusal(made, ["data:image/png;base64," + "*" * 4000])  # not even base64
-    assert error is not None
-    assert error.code == "image_file_too_large"
-    assert "3000 bytes; expected at most 1000" in error.message
-
-
 def test_too_many_pictures_are_refused_at_the_first_above_the_limit() -> None:
     with reader(PicturesConfig(max_count=2)) as made:
         error = refusal(made, [data_url(PNG)] * 3)
@@ -171,16 +127,23 @@ def test_an_unknown_format_in_the_configuration_is_refused_at_once() -> None:
         PictureReader(encoder().prepare, PicturesConfig(formats=("FITS",)), decoded=lambda _: None)
 
 
+def test_plain_http_from_no_host_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="expected hosts to fetch from"):
+        PictureReader(
+            encoder().prepare, PicturesConfig(fetch_plain_http=True), decoded=lambda _: None
+        )
+
+
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def prepare(_: Any) -> PreparedImage:
-        raise RuntimeError("0x7f0000 at /root/secret")
+        raise RuntimeError("0x7f0000 in a secret place")
 
     with reader(prepare=prepare) as made:
         error = refusal(made, [data_url(PNG)])
     assert error is not None
     assert error.status == 500
     assert "secret" not in error.message
-    assert "0x7f0000 at /root/secret" in caplog.text
+    assert "0x7f0000 in a secret place" in caplog.text
 
 
 class Gate:

@@ -1,0 +1,422 @@
+"""server.py, app.py, chat_route.py: a real uvicorn around the tiny model, from the socket to the engine and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from minigpt4_jax import MiniGPT4
+from minigpt4_jax.config import UserError
+from minigpt4_jax.exits import ENGINE_FAILED, INTERRUPTED
+from minigpt4_jax.serve_config import (
+    AccessConfig,
+    FaultsConfig,
+    LimitsConfig,
+    ServeConfig,
+)
+from minigpt4_jax.serving import chat_route
+from minigpt4_jax.serving.server import bind
+from tests.serving.running import CHAT, LIMIT_S, Running, chat_body, run_server, wait_until
+
+LONG = {"max_tokens": 90, "stream": True}
+"""The tiny model never ends by itself."""
+
+
+def config(**fields: Any) -> ServeConfig:
+    return ServeConfig(
+        model="tiny", port=0, context=128, num_slots=fields.pop("num_slots", 1), **fields
+    )
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., MiniGPT4]) -> MiniGPT4:
+    """With one slot; a server has it for itself until it ends."""
+    return make_model(num_slots=1)
+
+
+class Held:
+    """The engine makes no step but those that are let through."""
+
+    def __init__(self, model: MiniGPT4) -> None:
+        self._engine, self._step = model.engine, model.engine.step
+        self._steps = threading.Semaphore(0)
+        self._open = False
+        self._engine.step = self._held  # type: ignore[method-assign]
+
+    def _held(self) -> Any:
+        if not self._open:
+            self._steps.acquire(timeout=LIMIT_S)
+        return self._step()
+
+    def let(self, count: int) -> None:
+        """So many steps more."""
+        self._steps.release(count)
+
+    def go_on(self) -> None:
+        """All steps."""
+        self._open = True
+        self._steps.release(1)
+        self._engine.step = self._step  # type: ignore[method-assign]
+
+
+def open_stream(running: Running, **fields: Any) -> socket.socket:
+    """Begins a request and does not read the answer."""
+    connection = running.connect()
+    body = json.dumps(chat_body(running.server, **fields)).encode()
+    connection.sendall(
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while part := connection.recv(65536):
+        found += part
+    return found
+
+
+def read_until(connection: socket.socket, text: bytes) -> bytes:
+    found = b""
+    while text not in found:
+        part = connection.recv(65536)
+        assert part, found
+        found += part
+    return found
+
+
+def events(body: bytes) -> list[Any]:
+    """The `data:` events of a stream; `[DONE]` as it is."""
+    data = [line[6:] for line in body.decode().splitlines() if line.startswith("data: ")]
+    return [json.loads(one) if one != "[DONE]" else one for one in data]
+
+
+# --- routes ---
+
+
+def test_probes_answer_without_a_body_worth_stealing(tiny_server: Running) -> None:
+    assert tiny_server.ask("GET", "/health")[::2] == (200, {"status": "alive"})
+    assert tiny_server.ask("GET", "/ready")[::2] == (200, {"status": "ready"})
+
+
+def test_models_are_told_as_open_webui_and_vllm_bench_read_them(tiny_server: Running) -> None:
+    status, _, body = tiny_server.ask("GET", "/v1/models")
+    assert (status, body["object"]) == (200, "list")
+    (card,) = body["data"]
+    assert (card["id"], card["root"], card["max_model_len"]) == ("tiny", "tiny", 128)
+    assert tiny_server.ask("GET", "/v1/models/tiny")[2] == card
+    status, _, body = tiny_server.ask("GET", "/v1/models/gpt-4")
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+
+
+def test_text_becomes_ids_and_text_again(tiny_server: Running) -> None:
+    status, _, body = tiny_server.ask("POST", "/tokenize", {"model": "tiny", "prompt": "ab ä"})
+    assert (status, body["count"], body["max_model_len"]) == (200, 5, 128)
+    found = tiny_server.ask("POST", "/detokenize", {"tokens": body["tokens"]})
+    assert found[::2] == (200, {"prompt": "ab ä"})
+
+
+def test_metrics_count_what_was_answered_and_what_was_refused(tiny_server: Running) -> None:
+    def value(name: str) -> float:
+        text = tiny_server.ask("GET", "/metrics")[2].decode()
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    lengths, refused = (
+        'minigpt4:request_success_total{engine="0",finished_reason="length"',
+        ('minigpt4:rejected_requests_total{engine="0",model_name="tiny",reason="invalid_api_key"'),
+    )
+    before = (
+        value(lengths),
+        value('minigpt4:http_responses_total{engine="0",model_name="tiny",route="other"'),
+    )
+    assert tiny_server.chat()[0] == 200
+    assert tiny_server.ask("GET", "/never/there")[0] == 404
+    assert value(lengths) == before[0] + 1
+    assert (
+        value('minigpt4:http_responses_total{engine="0",model_name="tiny",route="other"')
+        == before[1] + 1
+    )
+    assert value(refused) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", CHAT, 405, "POST"), ("DELETE", "/health", 405, "GET"), ("PUT", "/v1/models", 405, "GET"),
+        ("POST", "/metrics", 405, "GET"), ("GET", "/v1", 404, None), ("GET", "/docs", 404, None),
+        ("GET", "/v1/chat/completions/", 404, None), ("POST", "/v1/completions", 404, None),
+    ],
+)  # fmt: skip
+def test_what_no_route_knows_is_refused_in_shape(
+    tiny_server: Running, method: str, path: str, status: int, allow: str | None
+) -> None:
+    found, headers, body = tiny_server.ask(method, path)
+    assert (found, headers.get("allow")) == (status, allow)
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "x-request-id" in headers
+
+
+def test_every_route_but_probes_and_page_wants_a_key(model: MiniGPT4) -> None:
+    key = "a-key-0123456789ab"
+    with run_server(model, config(), keys=(key,)) as running:
+        paths = json.loads(json.dumps(running.server.app.openapi()))["paths"]
+        for path, methods in {**paths, "/openapi.json": {"get": {}}, "/none": {"get": {}}}.items():
+            (method,) = methods
+            expected = 200 if path in ("/health", "/ready") else 401
+            path = path.replace("{model_id}", "tiny")
+            assert running.ask(method.upper(), path)[0] == expected, path
+        assert (
+            running.ask("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})[0] == 200
+        )
+        assert running.ask("GET", "/openapi.json", headers={"x-api-key": key})[0] == 200
+
+
+def test_cors_is_closed_until_an_origin_is_listed(tiny_server: Running, model: MiniGPT4) -> None:
+    origin = "https://chat.example.org"
+    asked = {"origin": origin, "access-control-request-method": "POST"}
+    status, headers, _ = tiny_server.ask("OPTIONS", CHAT, headers=asked)
+    assert status == 405
+    assert not [name for name in headers if name.startswith("access-control")]
+    access = AccessConfig(cors_origins=(origin,))
+    with run_server(model, config(access=access), keys=("k" * 20,)) as running:
+        status, headers, _ = running.ask("OPTIONS", CHAT, headers=asked)
+        assert (status, headers["access-control-allow-origin"]) == (200, origin)
+        other = {**asked, "origin": "https://evil.example"}
+        status, headers, _ = running.ask("OPTIONS", CHAT, headers=other)
+        assert (status, "access-control-allow-origin" in headers) == (400, False)
+        # A refusal too can be read by the listed page, and by no other.
+        status, headers, _ = running.ask("POST", CHAT, b"{}", {"origin": origin})
+        assert (status, headers["access-control-allow-origin"]) == (401, origin)
+        headers = running.ask("POST", CHAT, b"{}", {"origin": "https://evil.example"})[1]
+        assert "access-control-allow-origin" not in headers
+
+
+# --- answers ---
+
+
+def test_a_stream_says_what_the_whole_answer_says(tiny_server: Running) -> None:
+    fields: dict[str, Any] = {"max_tokens": 12, "temperature": 1, "seed": 3, "n": 2}
+    status, _, whole = tiny_server.chat(**fields)
+    assert status == 200
+    status, headers, body = tiny_server.chat(
+        **fields, stream=True, stream_options={"include_usage": True}
+    )
+    assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+    *chunks, done = events(body)
+    assert done == "[DONE]"
+    text = {0: "", 1: ""}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            text[choice["index"]] += choice["delta"].get("content", "")
+    assert text == {c["index"]: c["message"]["content"] for c in whole["choices"]}
+    usage = chunks[-1]["usage"]
+    assert usage["completion_tokens"] == whole["usage"]["completion_tokens"] == 24
+
+
+def test_a_request_id_goes_through_to_the_answer(tiny_server: Running) -> None:
+    body = chat_body(tiny_server.server)
+    _, headers, answer = tiny_server.ask("POST", CHAT, body, {"x-request-id": "mine-1"})
+    assert headers["x-request-id"] == "mine-1"
+    assert answer["id"] == "chatcmpl-mine-1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_never_becomes_an_answer_is_an_http_error_streamed_or_not(
+    tiny_server: Running, stream: bool
+) -> None:
+    for fields, status, code in [
+        ({"model": "gpt-4"}, 404, "model_not_found"),
+        ({"max_tokens": 2000}, 400, "context_length_exceeded"),
+        ({"tools": [{}]}, 400, "unsupported_parameter"),
+    ]:
+        found, _, body = tiny_server.chat(stream=stream, **fields)
+        assert (found, body["error"]["code"]) == (status, code)
+
+
+# --- clients that go away ---
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(model: MiniGPT4, stream: bool) -> None:
+    with run_server(model, config()) as running:
+        held = Held(model)
+        connection = open_stream(running, max_tokens=90, stream=stream)
+        held.let(4)
+        wait_until(lambda: running.server.scheduler.load().busy_slots == 1)
+        connection.close()
+        # Far fewer steps than the answer would have taken.
+        held.let(20)
+        wait_until(lambda: running.idle)
+        held.go_on()
+        assert running.chat()[0] == 200
+    assert running.codes == [0]
+
+
+def test_a_half_closed_socket_counts_as_gone(model: MiniGPT4) -> None:
+    with run_server(model, config()) as running:
+        connection = open_stream(running, **LONG)
+        read_until(connection, b"data: ")
+        connection.shutdown(socket.SHUT_WR)
+        read_all(connection)
+        connection.close()
+        wait_until(lambda: running.idle)
+
+
+def test_a_client_that_reads_nothing_is_given_up_and_its_slot_freed(
+    model: MiniGPT4, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "minigpt4_jax.serving")
+    # Each event is made larger than what the system buffers for a connection.
+    monkeypatch.setattr(
+        chat_route, "_event", lambda data: b": " + b"x" * 2**23 + b"\n\ndata: " + data + b"\n\n"
+    )
+    limits = LimitsConfig(write_timeout_s=0.2)
+    with run_server(model, config(limits=limits)) as running:
+        held = Held(model)
+        with open_stream(running, **LONG) as connection:
+            held.let(4)
+            wait_until(lambda: "took nothing for 0.2 s" in caplog.text)
+            # Far from the end of the answer: only giving it up frees the slot.
+            held.let(2)
+            wait_until(lambda: running.idle)
+            while part := connection.recv(2**20):
+                assert b"[DONE]" not in part
+        monkeypatch.undo()
+        held.go_on()
+        assert running.chat()[0] == 200
+
+
+# --- waiting ---
+
+
+def test_who_waits_is_told_so_and_one_too_many_is_sent_away(
+    model: MiniGPT4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_route, "QUEUED_AFTER_S", 0.01)
+    limits = LimitsConfig(max_waiting=1)
+    with run_server(model, config(limits=limits)) as running:
+        held = Held(model)
+        with open_stream(running, **LONG) as first, open_stream(running, **LONG) as second:
+            read_until(first, b": queued ")
+            read_until(second, b": queued 1\n")
+            status, headers, body = running.chat()
+            assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert int(headers["retry-after"]) >= 1
+            held.go_on()
+            for connection in (first, second):
+                read_until(connection, b"data: [DONE]")
+
+
+def test_a_request_whose_time_is_over_is_a_408_and_in_a_stream_an_event(model: MiniGPT4) -> None:
+    limits = LimitsConfig(request_timeout_s=0.3)
+    with run_server(model, config(limits=limits)) as running:
+        step = model.engine.step
+
+        def slow() -> Any:
+            threading.Event().wait(0.5)  # longer than a request has
+            return step()
+
+        model.engine.step = slow  # type: ignore[method-assign]
+        status, _, body = running.chat(max_tokens=90)
+        assert (status, body["error"]["code"]) == (408, "request_timeout")
+        status, _, raw = running.chat(**LONG)
+        assert status == 200
+        assert b"[DONE]" not in raw
+        assert events(raw)[-1]["error"]["code"] == "request_timeout"
+        model.engine.step = step  # type: ignore[method-assign]
+
+
+# --- the end ---
+
+
+def test_stopping_lets_answers_finish_and_refuses_new_ones(model: MiniGPT4) -> None:
+    with run_server(model, config()) as running, open_stream(running, **LONG) as connection:
+        read_until(connection, b"data: ")
+        held = Held(model)
+        running.stop()
+        wait_until(lambda: running.server.scheduler.state == "draining")
+        status, _, body = running.ask("GET", "/ready")
+        assert (status, body["error"]["code"]) == (503, "service_unavailable")
+        assert running.ask("GET", "/health")[0] == 200
+        status, headers, body = running.chat()
+        assert (status, headers["retry-after"]) == (503, "10")
+        assert body["error"]["code"] == "service_unavailable"
+        held.go_on()
+        assert read_until(connection, b"[DONE]")
+    assert running.codes == [0]
+
+
+def test_what_is_not_answered_in_time_ends_with_an_error_event(model: MiniGPT4) -> None:
+    faults = FaultsConfig(drain_s=0.1)
+    with (
+        run_server(model, config(faults=faults)) as running,
+        open_stream(running, **LONG) as connection,
+    ):
+        read_until(connection, b"data: ")
+        held = Held(model)
+        running.stop()
+        body = read_until(connection, b"service_unavailable")
+        assert b"[DONE]" not in body
+        held.go_on()
+    assert running.codes == [0]
+
+
+def test_a_second_signal_ends_at_once(model: MiniGPT4) -> None:
+    with run_server(model, config()) as running, open_stream(running, **LONG) as connection:
+        read_until(connection, b"data: ")
+        held = Held(model)
+        running.stop()
+        wait_until(lambda: running.server.scheduler.state == "draining")
+        running.stop()
+        wait_until(lambda: running.codes != [])
+        held.go_on()
+        running.server.scheduler.close()
+    assert running.codes == [INTERRUPTED]
+
+
+def test_an_engine_that_is_given_up_ends_the_server_with_its_own_code(model: MiniGPT4) -> None:
+    faults = FaultsConfig(max_faults=1)
+    with run_server(model, config(faults=faults)) as running:
+        dispatch = model.engine._dispatch
+
+        def broken() -> Any:
+            raise RuntimeError("the device is gone, at 0x7f00")
+
+        model.engine._dispatch = broken  # type: ignore[method-assign]
+        status, _, body = running.chat()
+        assert (status, body["error"]["code"]) == (500, "internal_error")
+        assert "0x7f00" not in json.dumps(body)
+        assert running.ask("GET", "/ready")[0] == 200  # one fault is mended
+        assert running.chat()[0] == 500
+        wait_until(lambda: running.codes != [])
+        running.server.scheduler.close()
+        model.engine._dispatch = dispatch  # type: ignore[method-assign]
+    assert running.codes == [ENGINE_FAILED]
+
+
+# --- the socket ---
+
+
+def test_a_taken_port_is_said_with_what_to_do() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port is {port}, which another .*port=8001"):
+            bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "said"), [("no.such.host.invalid", "which is no address"), ("192.0.2.1", "cannot be listened on")]
+)  # fmt: skip
+def test_a_host_of_another_machine_is_said(host: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        bind(host, 0)

@@ -95,6 +95,7 @@ def test_a_phone_scrolls_nothing_sideways_and_every_target_fits_a_finger(phone: 
     check("empty")
     fill(phone)
     phone.ask("W" * 60)
+    phone.choose(COFFEE)
     check("chat")
     phone.page.click("#open-settings")
     check("settings")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from minigpt4_jax.presets import MAX_SEED
 from minigpt4_jax.serve_config import LimitsConfig, PicturesConfig
@@ -58,6 +60,7 @@ def test_a_pasted_picture_is_added_and_pasted_text_stays_text(chat: Chatting) ->
 
 
 def test_two_pictures_go_with_one_question_in_their_order(chat: Chatting) -> None:
+    chat.set(max_tokens=4)
     chat.choose(FLOWER)
     chat.choose(COFFEE)
     assert chat.ask("Compare.")
@@ -116,10 +119,6 @@ def test_a_picture_over_a_limit_or_of_another_format_is_drawn_anew_and_said(
 
 
 def _avif() -> bytes:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "blue").save(buffer, "AVIF")
     return buffer.getvalue()

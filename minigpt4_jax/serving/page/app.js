@@ -39,6 +39,8 @@ class App {
     this.settings = {};
     /** Remarks of this sitting beside answers, by the turn's id. @type {Map<string, string>} */
     this.remarks = new Map();
+    /** Whether the conversation is scrolled to its end, and follows what is written. */
+    this.atEnd = false;
     this.server = new ServerState(() => listModels({ key: currentKey() }), () => this.showContext());
     this.runs = new Runs({
       prepare: (run) => this.prepare(run),
@@ -194,7 +196,7 @@ class App {
     this.chat = chat;
     closeSidebar();
     this.render();
-    this.toEnd();
+    if (chat.turns.length > 0) this.toEnd();
     if (mouse.matches) this.composer.focus();
   }
 
@@ -223,8 +225,7 @@ class App {
   update(turn) {
     const element = this.elementOf(turn);
     if (!element) return;
-    const log = byId("log");
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    const { atEnd } = this;
     showAnswer(element, turn, this.placeOf(turn));
     const run = this.runs.of(this.chat);
     if (run?.turn === turn) showWait(element, waitText(run, { beams: this.settings.num_beams ?? 1 }));
@@ -232,6 +233,7 @@ class App {
   }
 
   toEnd() {
+    this.atEnd = true;
     byId("log").scrollTop = byId("log").scrollHeight;
   }
 
@@ -288,7 +290,9 @@ class App {
       this.composer.focus();
     });
     addEventListener("keydown", (event) => this.key(event));
-    byId("log").addEventListener("scroll", () => this.showToEnd(), { passive: true });
+    byId("log").addEventListener("scroll", () => this.scrolled(), { passive: true });
+    // The box for the question grows and takes room from the conversation, whose end stays in sight.
+    new ResizeObserver(() => this.atEnd && this.toEnd()).observe(byId("log"));
     this.history.store.onChange((id) => this.library.changedElsewhere(id));
     startExamples((file, question) => this.askExample(file, question));
     startSettings((settings) => this.settingsChanged(settings));
@@ -304,9 +308,11 @@ class App {
     else if (this.editing) this.stopEditing();
   }
 
-  showToEnd() {
+  scrolled() {
     const log = byId("log");
-    byId("to-end").hidden = log.scrollHeight - log.scrollTop - log.clientHeight < 200;
+    const left = log.scrollHeight - log.scrollTop - log.clientHeight;
+    this.atEnd = left < 60;
+    byId("to-end").hidden = left < 200;
   }
 
   /** @param {Record<string, number>} settings */

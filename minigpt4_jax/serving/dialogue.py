@@ -104,7 +104,6 @@ def make_job(
         max_new_tokens=most,
         n=request.num_answers,
         logprobs=bool(request.logprobs),
-        stream=request.streams,
         stop_strings=request.stop_strings,
         logit_bias=_biases(request, vocab_size=model.preset.model.llama.vocab_size),
         deadline_s=deadline_s,

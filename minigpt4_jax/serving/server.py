@@ -152,6 +152,7 @@ class Server:
             load=lambda: self.scheduler.load(),
             image_cache=model.image_cache,
             compiled=lambda: model.engine.compiled_programs,
+            leaks=lambda: self.scheduler.leaks,
         )
         self.scheduler = Scheduler(
             model,

@@ -276,15 +276,22 @@ class Runner:
         vision = {name: self.params[name] for name in parts}
         found: list[Array] = []
         while len(found) < len(images):
-            left = len(images) - len(found)
-            wanted = max(count for count in self.encoded_together if count <= left)
-            (batch,) = self.programs.choose("encode", (wanted,))
+            batch = self._encode_size(len(images) - len(found))
             taken = images[len(found) : len(found) + batch]
             part = np.zeros((batch, *images.shape[1:]), np.float32)
             part[: len(taken)] = taken
             args = (vision, part)
             found += self._program("encode", (batch,), self._encode, args)(*args)[: len(taken)]
         return found
+
+    def _encode_size(self, left: int) -> int:
+        """How many of the pictures that are left to encode together."""
+        for count in sorted(self.encoded_together, reverse=True):
+            if count <= left:
+                with contextlib.suppress(NotCompiled):  # the larger sizes come behind the core
+                    (batch,) = self.programs.choose("encode", (count,))
+                    return batch
+        raise NotCompiled(f"No program encodes {left} pictures.")
 
     def _encode(self, vision: Params, images: Array) -> list[Array]:
         return list(apply_method(self.model, vision, "encode_images", images))

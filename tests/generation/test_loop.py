@@ -365,7 +365,7 @@ def test_nothing_compiles_once_the_engine_is_ready(
     assert fresh.ready
     assert done[-1][0] == done[-1][1] == len(done)
     side = tiny_config.vit.image_size
-    pixels = np.random.default_rng(0).normal(size=(3, side, side, 3)).astype(np.float32)
+    pixels = np.random.default_rng(0).normal(size=(5, side, side, 3)).astype(np.float32)
 
     def use(engine: Engine) -> list[list[int]]:
         shown = engine.encode_images(pixels)

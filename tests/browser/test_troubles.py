@@ -32,7 +32,7 @@ def refusing(chat: Chatting) -> Chatting:
 
 def test_a_busy_server_counts_down_and_then_lets_try_again(refusing: Chatting) -> None:
     page = refusing.page
-    busy = refuse(429, "64 requests wait already.", **{"Retry-After": "2"})
+    busy = refuse(429, "64 requests wait already.", **{"Retry-After": "1"})
     page.route(QUESTIONS, busy, times=1)
     refusing.send("What is a cup?")
     page.wait_for_selector(".trouble:visible")
@@ -172,6 +172,12 @@ def test_writing_again_in_vain_gives_the_answer_back(chat: Chatting) -> None:
 def test_a_question_that_waits_for_a_slot_says_so(chat: Chatting) -> None:
     chat.hold()
     chat.send("What is a cup?")
+    chat.give(": queued 0\n\n")
+    chat.page.wait_for_selector(".wait:has-text('Reading')")
+    chat.page.keyboard.press("Escape")
+    chat.finished()
+    chat.send("What is a saucer?")
+    chat.page.wait_for_selector(".wait:has-text('Sent')")
     chat.give(": queued 3\n\n")
     chat.page.wait_for_selector(
         ".wait:has-text('The server is busy: 3 requests waited for a turn')"

@@ -102,7 +102,7 @@ class App {
   focusAfterSending(turn) {
     // On a touch screen the question's focus would bring the keyboard up, and the pressed button is gone.
     if (mouse.matches) this.composer.focus();
-    else if (document.activeElement === document.body || !document.activeElement.checkVisibility()) {
+    else if (document.activeElement === document.body || document.activeElement.getClientRects().length === 0) {
       this.elementOf(turn)?.focus();
     }
   }

@@ -52,7 +52,7 @@ async function askOnce(button, act) {
   } finally {
     for (const each of buttons) each.disabled = false;
     // A button that cannot be pressed has lost the focus.
-    if (document.activeElement === document.body && button.checkVisibility()) button.focus();
+    if (document.activeElement === document.body && button.getClientRects().length > 0) button.focus();
   }
 }
 

@@ -139,7 +139,7 @@ export function waitText({ phase, since, waiting }, { beams }) {
   if (phase === "queued" && waiting > 0) {
     return `The server is busy: ${waiting === 1 ? "1 request waited" : `${waiting} requests waited`} for a turn${elapsed}`;
   }
-  if (phase === "begun") return `Reading${elapsed}`;
+  if (phase === "begun" || phase === "queued") return `Reading${elapsed}`;
   if (beams > 1) return `Searching with ${beams} beams${elapsed}`;
   return seconds >= 4 ? `Waiting for the server’s turn${elapsed}` : `Sent${elapsed}`;
 }

@@ -163,6 +163,7 @@ def test_two_tabs_that_write_one_chat_lose_nothing(short: Chatting) -> None:
     other.fill("#question", "From the other tab")
     other.press("#question", "Enter")
     other.wait_for_selector(".turn:nth-of-type(2) .stats:not(:empty)")
+    one.bring_to_front()
     short.ask("From this tab")
     one.wait_for_selector("h1:has-text('What is a cup? (copy)')")
     short.reload()
@@ -179,6 +180,7 @@ def test_a_tab_shows_what_another_tab_changed_and_deleted(short: Chatting) -> No
     short.open(other, path=f"/#{short.page.url.partition('#')[2]}")
     other.wait_for_selector(".turn")
     other.focus(".copy-question")
+    short.page.bring_to_front()
     short.ask("What is a saucer?")
     other.wait_for_selector(".turn:nth-of-type(2) .stats:not(:empty)")
     assert "copy-question" in other.evaluate("document.activeElement.className")
@@ -196,6 +198,7 @@ def test_an_edit_goes_on_while_another_tab_writes_the_chat(short: Chatting) -> N
     other.locator(".edit").focus()
     other.keyboard.press("Enter")
     other.fill("#question", "What is a better cup?")
+    short.page.bring_to_front()
     for question in ("What is a saucer?", "And a spoon?"):
         short.ask(question)
     short.until("window.heard >= 4", page=other)

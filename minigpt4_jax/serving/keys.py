@@ -59,9 +59,11 @@ def _of_file(path: Path) -> list[tuple[str, str]]:
         raise UserError(
             f"access.api_keys_file {str(path)!r} holds bytes that are not ASCII; expected a key a line."
         ) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+    # Reading by the group is how Kubernetes hands a secret to a process that is not root (`fsGroup`, mode 440).
+    if mode & (stat.S_IWGRP | stat.S_IRWXO):
         log.warning(
-            "%s can be read by others (mode %o); expected 600. Mend it with: chmod 600 %s",
+            "%s can be read by everybody or changed by its group (mode %o); expected 600, or 640. Mend it with: "
+            "chmod 600 %s",
             path, stat.S_IMODE(mode), path,
         )  # fmt: skip
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 COFFEE, FLOWER = EXAMPLES / "coffee.jpg", EXAMPLES / "flower.jpg"
 LONG = "Write a long story about a cup of coffee."
 """What smol answers with hundreds of tokens."""
+QUESTIONS = "**/v1/chat/completions"
 TIMEOUT_MS = 30_000
 
 _WATCH = """
@@ -38,6 +40,36 @@ _TO_FILES = """
   return transfer;
 }
 """
+
+
+# A question's answer that the test writes itself, piece by piece.
+_HOLD = """
+() => {
+  const real = window.fetch;
+  window.fetch = (path, options) => {
+    if (path !== "v1/chat/completions") return real(path, options);
+    const body = new ReadableStream({
+      start(controller) {
+        window.give = (text) => controller.enqueue(new TextEncoder().encode(text));
+        options.signal.addEventListener("abort", () => controller.error(options.signal.reason));
+      },
+    });
+    return Promise.resolve(new Response(body));
+  };
+}
+"""
+
+
+def piece(text: str) -> str:
+    """The event that carries a piece of an answer."""
+    return f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': text}}]})}\n\n"
+
+
+def answer_of(text: str) -> str:
+    """A whole stream as the server sends it, three tokens by its own count."""
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 20, "completion_tokens": 3}}
+    return f"{piece(text)}data: {json.dumps(end)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
 
 
 def png(*, width: int = 8, height: int = 8, colour: str = "red") -> bytes:
@@ -100,6 +132,22 @@ class Chatting:
         self.page.reload()
         self.page.wait_for_selector("html[data-ready]")
 
+    def answers(self, text: str = "A cup.") -> None:
+        """From now on every question is answered so at once, without the server: for claims about the page alone."""
+        self.context.route(
+            QUESTIONS,
+            lambda route: route.fulfill(content_type="text/event-stream", body=answer_of(text)),
+        )
+
+    def hold(self) -> None:
+        """Until the page is loaded anew its questions go nowhere, and `give` writes what the server would."""
+        self.page.evaluate(_HOLD)
+
+    def give(self, events: str) -> None:
+        """Sends events of the answer that is held, once the question is sent."""
+        self.until("window.give !== undefined")
+        self.page.evaluate("(events) => window.give(events)", events)
+
     def close(self) -> None:
         """Closes everything; fails for what must never happen."""
         for page in self.context.pages:
@@ -149,13 +197,14 @@ class Chatting:
             self.page.fill(f"#set-{name}", str(value))
         self.page.keyboard.press("Escape")
 
-    def until(self, expression: str) -> Any:
+    def until(self, expression: str, *, page: Page | None = None) -> Any:
         """Waits until JavaScript gives a true value. (Playwright's own `wait_for_function` needs `eval`, which the
         page's policy forbids.)"""
+        page = page or self.page
         deadline = time.monotonic() + TIMEOUT_MS / 1000
-        while not (value := self.page.evaluate(expression)):
+        while not (value := page.evaluate(expression)):
             assert time.monotonic() < deadline, f"{expression} stays {value}"
-            self.page.wait_for_timeout(20)
+            page.wait_for_timeout(20)
         return value
 
     # --- what is there ---

@@ -66,7 +66,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`serve.py` with smol on a free port, ready. Its output goes to a file: a pipe that nobody reads would fill up."""
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "serve.py", "port=0", "num_slots=2"]
+    command = [sys.executable, "serve.py", "port=0", "num_slots=2", "context=1024"]
     environment = os.environ | {"MINIGPT4_API_KEYS": KEY, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:
         process = subprocess.Popen(

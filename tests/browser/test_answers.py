@@ -73,7 +73,7 @@ def test_writing_again_asks_the_same_and_says_why_the_answer_is_the_same(chat: C
 
 def test_an_edited_question_keeps_its_picture_and_replaces_what_came_after(chat: Chatting) -> None:
     chat.choose(COFFEE)
-    chat.set(max_tokens=3)
+    chat.answers()
     chat.ask("What is this?")
     chat.ask("What can I do with it?")
     chat.turns.first.hover()
@@ -92,7 +92,7 @@ def test_an_edited_question_keeps_its_picture_and_replaces_what_came_after(chat:
 
 
 def test_a_cancelled_edit_gives_back_what_was_being_written(chat: Chatting) -> None:
-    chat.set(max_tokens=2)
+    chat.answers()
     chat.ask("What is a cup?")
     chat.page.fill("#question", "a draft")
     chat.turns.first.hover()
@@ -103,7 +103,7 @@ def test_a_cancelled_edit_gives_back_what_was_being_written(chat: Chatting) -> N
 
 
 def test_earlier_turns_are_told_and_those_without_an_answer_are_not(chat: Chatting) -> None:
-    chat.set(max_tokens=3)
+    chat.answers()
     answer = chat.ask("What is a cup?")
     chat.page.route("**/v1/chat/completions", lambda route: route.abort())
     chat.refusals = True
@@ -157,7 +157,7 @@ def test_beams_come_whole_and_draw_nothing(chat: Chatting) -> None:
 
 
 def test_copy_puts_the_answer_on_the_clipboard(chat: Chatting) -> None:
-    chat.set(max_tokens=4)
+    chat.answers()
     answer = chat.ask("What is a cup?")
     chat.page.get_by_role("button", name="Copy this answer").click()
     chat.page.wait_for_selector(".copy-answer use[href$=check]", state="attached")

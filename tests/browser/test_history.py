@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
-from tests.browser.chatting import COFFEE, LONG, Chatting
+from tests.browser.chatting import COFFEE, QUESTIONS, Chatting, answer_of, piece
+from tests.browser.conftest import KEY, Server
 
 PICTURES_KEPT = """
 new Promise((resolve) => {
@@ -22,10 +24,24 @@ new Promise((resolve) => {
 """
 
 
+NOTHING_KEPT = """
+IDBFactory.prototype.open = () => { throw new DOMException("", "SecurityError"); };
+for (const name of ["localStorage", "sessionStorage"]) {
+  Object.defineProperty(window, name, { get() { throw new DOMException("", "SecurityError"); } });
+}
+"""
+HEAR = """
+() => {
+  window.heard = 0;
+  new BroadcastChannel("minigpt4-history").onmessage = () => { window.heard += 1; };
+}
+"""
+
+
 @pytest.fixture
 def short(chat: Chatting) -> Chatting:
-    """A page whose answers have three tokens."""
-    chat.set(max_tokens=3)
+    """A page whose questions are answered at once, with three tokens."""
+    chat.answers()
     return chat
 
 
@@ -51,8 +67,9 @@ def test_a_chat_and_its_pictures_are_there_after_a_reload(short: Chatting) -> No
 
 
 def test_an_answer_that_a_reload_cut_is_kept_as_far_as_it_came(chat: Chatting) -> None:
-    chat.set(max_tokens=800)
-    chat.send(LONG)
+    chat.hold()
+    chat.send("What is a cup?")
+    chat.give(piece("A cup"))
     # The page keeps an answer every two seconds while it grows.
     chat.until(
         """() => new Promise((resolve) => {
@@ -68,7 +85,7 @@ def test_an_answer_that_a_reload_cut_is_kept_as_far_as_it_came(chat: Chatting) -
     )
     chat.reload()
     assert "This answer was not finished." in chat.turns.inner_text()
-    assert chat.turns.locator(".answer-text").inner_text() != ""
+    assert chat.turns.locator(".answer-text").inner_text() == "A cup"
 
 
 def test_chats_are_opened_renamed_and_deleted_with_their_pictures(short: Chatting) -> None:
@@ -110,8 +127,9 @@ def test_all_chats_are_deleted_after_a_question(short: Chatting) -> None:
 
 
 def test_deleting_a_chat_while_it_is_answered_leaves_nothing(chat: Chatting) -> None:
-    chat.set(max_tokens=800)
-    chat.send(LONG)
+    chat.hold()
+    chat.send("What is a cup?")
+    chat.give(piece("A cup"))
     chat.page.wait_for_selector(".turn.writing")
     chat.page.locator(".chat-item").hover()
     chat.page.locator(".delete-chat").click()
@@ -122,14 +140,16 @@ def test_deleting_a_chat_while_it_is_answered_leaves_nothing(chat: Chatting) -> 
 
 
 def test_an_answer_goes_on_while_another_chat_is_shown(chat: Chatting) -> None:
-    chat.set(max_tokens=30)
-    chat.send(LONG)
+    chat.hold()
+    chat.send("What is a cup?")
+    chat.give(piece("A cup"))
     chat.page.wait_for_selector(".turn.writing")
     chat.page.click("#new-chat")
     assert chat.turns.count() == 0
+    chat.give(answer_of(" of coffee."))
     chat.until("document.querySelector('#announcer').textContent !== ''")
     chat.page.locator(".chat-link").click()
-    assert "30 tokens" in chat.turns.locator(".stats").inner_text()
+    assert chat.turns.locator(".answer-text").inner_text() == "A cup of coffee."
 
 
 def test_two_tabs_that_write_one_chat_lose_nothing(short: Chatting) -> None:
@@ -143,6 +163,7 @@ def test_two_tabs_that_write_one_chat_lose_nothing(short: Chatting) -> None:
     other.fill("#question", "From the other tab")
     other.press("#question", "Enter")
     other.wait_for_selector(".turn:nth-of-type(2) .stats:not(:empty)")
+    one.bring_to_front()
     short.ask("From this tab")
     one.wait_for_selector("h1:has-text('What is a cup? (copy)')")
     short.reload()
@@ -158,12 +179,33 @@ def test_a_tab_shows_what_another_tab_changed_and_deleted(short: Chatting) -> No
     other = short.another_tab()
     short.open(other, path=f"/#{short.page.url.partition('#')[2]}")
     other.wait_for_selector(".turn")
+    other.focus(".copy-question")
+    short.page.bring_to_front()
     short.ask("What is a saucer?")
     other.wait_for_selector(".turn:nth-of-type(2) .stats:not(:empty)")
+    assert "copy-question" in other.evaluate("document.activeElement.className")
     short.page.click("#delete-all")
     short.page.get_by_role("button", name="Delete all", exact=True).click()
     other.wait_for_selector(".note:has-text('deleted in another tab')")
     assert other.locator(".turn").count() == 0
+
+
+def test_an_edit_goes_on_while_another_tab_writes_the_chat(short: Chatting) -> None:
+    short.ask("What is a cup?")
+    other = short.another_tab()
+    short.open(other, path=f"/#{short.page.url.partition('#')[2]}")
+    other.evaluate(HEAR)
+    other.locator(".edit").focus()
+    other.keyboard.press("Enter")
+    other.fill("#question", "What is a better cup?")
+    short.page.bring_to_front()
+    for question in ("What is a saucer?", "And a spoon?"):
+        short.ask(question)
+    short.until("window.heard >= 4", page=other)
+    assert other.input_value("#question") == "What is a better cup?"
+    assert other.is_visible("#editing")
+    other.keyboard.press("Escape")
+    other.wait_for_selector(".turn:nth-of-type(3) .stats:not(:empty)")
 
 
 def test_a_full_disk_is_said_and_the_chat_goes_on(short: Chatting) -> None:
@@ -175,16 +217,36 @@ def test_a_full_disk_is_said_and_the_chat_goes_on(short: Chatting) -> None:
     assert short.ask("What is a saucer?") != ""
 
 
-def test_a_browser_that_keeps_nothing_is_said_and_chats_work(short: Chatting) -> None:
-    short.context.add_init_script(
-        "IDBFactory.prototype.open = () => { throw new DOMException('', 'SecurityError'); }"
-    )
-    short.reload()
-    short.page.wait_for_selector(".note:has-text('Chats last until this tab is closed')")
-    short.ask("What is a cup?")
-    short.page.click("#new-chat")
-    short.page.get_by_role("button", name="What is a cup?", exact=True).click()
-    short.page.wait_for_selector(".turn")
+def test_a_browser_that_keeps_nothing_is_said_and_all_works(
+    server: Server, browser: Browser
+) -> None:
+    chat = Chatting(browser, server.address, key="")
+    chat.context.add_init_script(NOTHING_KEPT)
+    chat.refusals = True
+    chat.answers()
+    chat.open()
+    page = chat.page
+    page.wait_for_selector(".note:has-text('Chats last until this tab is closed')")
+    page.wait_for_selector("#server-state:has-text('Key needed')")
+    page.click("#open-key")
+    page.fill("#key-value", KEY)
+    page.press("#key-value", "Enter")
+    page.wait_for_selector(".note:has-text('keeps nothing for this page')")
+    page.wait_for_selector("#model-name:has-text('smol')")
+    page.get_by_role("radio", name="Dark").check()
+    chat.set(seed=7)
+    assert chat.ask("What is a cup?") == "A cup."
+    assert chat.bodies[0]["seed"] == 7
+    page.click("#new-chat")
+    page.get_by_role("button", name="What is a cup?", exact=True).click()
+    page.wait_for_selector(".turn")
+    chat.close()
+
+
+def test_settings_that_cannot_be_read_are_said_and_the_page_starts(chat: Chatting) -> None:
+    chat.page.evaluate("localStorage.setItem('minigpt4.settings', 'null')")
+    chat.reload()
+    assert "cannot be read" in chat.page.inner_text(".note")
 
 
 def download(chat: Chatting, kind: str) -> tuple[str, str]:
@@ -206,6 +268,20 @@ def test_a_chat_is_downloaded_as_json_in_openais_form(short: Chatting) -> None:
     assert base64.b64decode(url.partition(",")[2]) == COFFEE.read_bytes()
     assert data["messages"][1] == {"role": "assistant", "content": answer}
     assert data["answers"][0]["tokens"] == 3
+
+
+def test_a_downloaded_chat_has_questions_without_an_answer_too(short: Chatting) -> None:
+    short.refusals = True
+    short.page.route(QUESTIONS, lambda route: route.abort(), times=1)
+    short.send("This one fails.")
+    short.page.wait_for_selector(".trouble:visible")
+    short.choose(COFFEE)
+    short.ask("What is this?")
+    data = json.loads(download(short, "JSON")[1])
+    assert [message["role"] for message in data["messages"]] == ["user", "user", "assistant"]
+    assert [answer["message"] for answer in data["answers"]] == [None, 2]
+    assert data["messages"][2]["content"] == data["answers"][1]["text"] == "A cup."
+    assert [picture["name"] for picture in data["pictures"]] == ["coffee.jpg"]
 
 
 def test_a_chat_is_downloaded_as_markdown_in_which_marks_stay_text(short: Chatting) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Route
 
-from tests.browser.chatting import COFFEE, FLOWER, Chatting
+from tests.browser.chatting import COFFEE, FLOWER, Chatting, piece
 
 SMALL_TARGETS = """
 () => [...document.querySelectorAll("button, input, textarea, a[href]")]
@@ -22,7 +22,7 @@ SMALL_TARGETS = """
 
 def fill(chat: Chatting) -> None:
     """A chat with pictures, a draft and two answers."""
-    chat.set(max_tokens=3)
+    chat.answers()
     chat.choose(COFFEE, FLOWER)
     chat.ask("What is this?")
     chat.ask("And what is that?")
@@ -74,14 +74,17 @@ def test_axe_finds_a_mistake_that_is_planted(chat: Chatting) -> None:
 def test_the_drawer_of_a_phone_is_accessible_and_gives_the_focus_back(phone: Chatting) -> None:
     page = phone.page
     page.emulate_media(reduced_motion="reduce")
-    phone.set(max_tokens=2)
-    phone.ask("What is a cup?")
+    phone.hold()
+    phone.send("What is a cup?")
+    phone.give(piece("A cup"))
+    page.wait_for_selector(".turn.writing")
     assert not page.locator("#sidebar").is_visible()
     page.click("#open-sidebar")
     assert page.evaluate("document.activeElement.id") == "close-sidebar"
     assert phone.axe_violations() == ""
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.id") == "open-sidebar"
+    assert page.is_visible("#stop"), "Escape was for the drawer"
 
 
 def test_a_phone_scrolls_nothing_sideways_and_every_target_fits_a_finger(phone: Chatting) -> None:

@@ -14,6 +14,27 @@ from minigpt4_jax.presets import MAX_SEED
 from minigpt4_jax.serve_config import LimitsConfig, PicturesConfig
 from tests.browser.chatting import COFFEE, FLOWER, Chatting, png
 
+READ_FAILS_ONCE = """
+() => {
+  const read = Blob.prototype.arrayBuffer;
+  Blob.prototype.arrayBuffer = () => {
+    Blob.prototype.arrayBuffer = read;
+    return Promise.reject(new DOMException("A requested file could not be found.", "NotFoundError"));
+  };
+}
+"""
+"""As for a folder that was dropped, or a file that was deleted after it was chosen."""
+HOLD_EXAMPLES = """
+() => {
+  const real = window.fetch;
+  window.load = [];
+  window.fetch = (path, options) =>
+    path.startsWith("examples/")
+      ? new Promise((resolve) => window.load.push(() => resolve(real(path, options))))
+      : real(path, options);
+}
+"""
+
 
 def sent_pictures(body: dict[str, Any]) -> list[bytes]:
     """The pictures of a request, decoded."""
@@ -73,21 +94,26 @@ def test_a_removed_picture_is_not_sent_and_the_focus_is_not_lost(chat: Chatting)
     chat.choose(COFFEE, FLOWER)
     chat.page.get_by_role("button", name="Remove flower.jpg").click()
     assert chat.page.evaluate("document.activeElement.id") == "question"
-    chat.set(max_tokens=2)
+    chat.answers()
     chat.ask("What is this?")
     assert sent_pictures(chat.bodies[0]) == [COFFEE.read_bytes()]
 
 
 def test_what_is_no_picture_is_refused_in_words_and_the_others_stay(chat: Chatting) -> None:
-    text = {"name": "notes.png", "mimeType": "image/png", "buffer": b"dear diary"}
+    chat.page.evaluate(READ_FAILS_ONCE)
+    files = {"gone.png": png(), "notes.png": b"dear diary", "dot.png": png()}
     chat.page.set_input_files(
-        "#files", [text, {"name": "dot.png", "mimeType": "", "buffer": png()}]
+        "#files",
+        [{"name": name, "mimeType": "", "buffer": data} for name, data in files.items()],
     )
-    chat.page.wait_for_selector("#attached img[alt='dot.png']")
-    assert "notes.png is not a picture that this browser can read." in chat.page.inner_text(
-        "#notes"
-    )
+    chat.page.wait_for_selector(".note")
+    note = chat.page.inner_text("#notes")
+    assert "gone.png cannot be read: it is a folder, or the file is gone" in note
+    assert "notes.png is not a picture that this browser can read." in note
     assert chat.thumbs.count() == 1
+    chat.answers()
+    assert chat.ask("What is this?") == "A cup."
+    assert len(sent_pictures(chat.bodies[0])) == 1
 
 
 def test_the_ninth_picture_is_left_out_and_said(chat: Chatting) -> None:
@@ -113,7 +139,7 @@ def test_a_picture_over_a_limit_or_of_another_format_is_drawn_anew_and_said(
     chat.page.set_input_files("#files", [{"name": name, "mimeType": "", "buffer": picture}])
     chat.page.wait_for_selector(".note")
     assert chat.page.inner_text(".note span") == f"{name} {why}; it is sent as a JPEG of {size}."
-    chat.set(max_tokens=2)
+    chat.answers()
     chat.ask("What is this?")
     assert sent_pictures(chat.bodies[0])[0].startswith(b"\xff\xd8\xff")
 
@@ -136,13 +162,56 @@ def test_a_large_view_opens_walks_and_gives_the_focus_back(chat: Chatting) -> No
 
 
 def test_the_gallery_asks_at_once_and_keeps_what_was_being_written(chat: Chatting) -> None:
+    chat.answers()
     chat.page.fill("#question", "a draft")
     chat.page.locator(".example").first.get_by_text("What is this?").click()
     chat.page.wait_for_selector(".turn")
-    assert chat.finished() == "This is a cup of coffee."
+    assert chat.finished() == "A cup."
     assert chat.page.input_value("#question") == "a draft"
     sent = [hashlib.sha256(each).hexdigest() for each in sent_pictures(chat.bodies[0])]
     assert sent == [hashlib.sha256(COFFEE.read_bytes()).hexdigest()]
+
+
+def test_an_example_is_asked_once_and_in_no_other_chat(chat: Chatting) -> None:
+    page = chat.page
+    page.evaluate(HOLD_EXAMPLES)
+    chat.answers()
+    page.fill("#question", "a draft")
+    press_two = "document.querySelectorAll('.ask').forEach((each, at) => at < 2 && each.click())"
+    page.evaluate(press_two)
+    assert page.evaluate("load.length") == 1
+    page.click("#new-chat")
+    page.evaluate("load.pop()()")
+    page.wait_for_selector(".note:has-text('was not asked')")
+    assert chat.bodies == []
+    page.evaluate(press_two)
+    page.evaluate("load.pop()()")
+    page.wait_for_selector(".turn")
+    assert chat.finished() == "A cup."
+    assert [part["type"] for part in chat.bodies[0]["messages"][0]["content"]] == [
+        "image_url",
+        "text",
+    ]
+    assert (len(chat.bodies), chat.turns.count()) == (1, 1)
+    assert page.input_value("#question") == "a draft"
+
+
+def test_a_question_is_not_edited_while_a_picture_is_read_for_another(chat: Chatting) -> None:
+    page = chat.page
+    chat.answers()
+    chat.ask("What is a cup?")
+    page.evaluate(
+        "() => { const real = createImageBitmap; window.createImageBitmap = (blob) =>"
+        " new Promise((resolve) => { window.read = () => resolve(real(blob)); }); }"
+    )
+    page.set_input_files("#files", COFFEE)
+    chat.until("window.read !== undefined")
+    page.locator(".edit").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".note:has-text('still being read')")
+    assert page.is_hidden("#editing")
+    page.evaluate("read()")
+    page.wait_for_selector("#attached img[alt='coffee.jpg']")
 
 
 def test_the_pages_limits_are_the_servers_defaults(chat: Chatting) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import urllib.request
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Browser, Route
 
-from tests.browser.chatting import Chatting
+from tests.browser.chatting import QUESTIONS, Chatting, answer_of, piece
 from tests.browser.conftest import KEY, Server
 
-QUESTIONS = "**/v1/chat/completions"
 
-
-def refuse(status: int, message: str, *, code: str = "", **headers: str) -> object:
+def refuse(status: int, message: str, *, code: str = "", **headers: str) -> Callable[[Route], None]:
     """A route that answers as the server refuses."""
     body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
 
@@ -33,7 +32,7 @@ def refusing(chat: Chatting) -> Chatting:
 
 def test_a_busy_server_counts_down_and_then_lets_try_again(refusing: Chatting) -> None:
     page = refusing.page
-    busy = refuse(429, "64 requests wait already.", **{"Retry-After": "2"})
+    busy = refuse(429, "64 requests wait already.", **{"Retry-After": "1"})
     page.route(QUESTIONS, busy, times=1)
     refusing.send("What is a cup?")
     page.wait_for_selector(".trouble:visible")
@@ -110,15 +109,103 @@ def test_a_lost_network_is_said_and_tried_again(refusing: Chatting) -> None:
     assert refusing.finished() != ""
 
 
-PIECE = 'data: {"choices": [{"index": 0, "delta": {"content": "A cup"}}]}\n\n'
+def test_a_longest_answer_without_room_offers_the_settings(refusing: Chatting) -> None:
+    page = refusing.page
+    refusing.set(max_tokens=5000)
+    refusing.send("What is a cup?")
+    page.wait_for_selector(".trouble:visible")
+    assert page.inner_text(".trouble-title") == "The longest answer of your settings has no room"
+    assert "5000 for the answer" in page.inner_text(".trouble-text")
+    page.get_by_role("button", name="Open the settings").click()
+    page.fill("#set-max_tokens", "2")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Try again").click()
+    assert refusing.finished() != ""
+
+
+def test_a_server_that_came_back_with_another_model_is_asked_for_it(chat: Chatting) -> None:
+    page = chat.page
+    chat.refusals = True
+    chat.until("document.querySelector('#model-name').textContent === 'smol'")
+    gone = refuse(404, "There is no model here.", code="model_not_found")
+
+    def answer(route: Route) -> None:
+        if route.request.post_data_json["model"] == "other":
+            route.fulfill(content_type="text/event-stream", body=answer_of("A cup."))
+        else:
+            gone(route)
+
+    page.route(QUESTIONS, answer)
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "other"}]}))
+    assert chat.ask("What is a cup?") == "A cup."
+    assert [body["model"] for body in chat.bodies] == ["smol", "other"]
+    assert page.inner_text("#model-name") == "other"
+    page.route(QUESTIONS, gone)
+    chat.ask("And now?")
+    assert page.inner_text(".trouble:visible .trouble-text") == "There is no model here."
+    assert len(chat.bodies) == 4, "tried twice, and no more"
+
+
+def test_writing_again_in_vain_gives_the_answer_back(chat: Chatting) -> None:
+    page, answer = chat.page, chat.turns.locator(".answer-text")
+    chat.answers()
+    chat.ask("What is a cup?")
+    chat.refusals = True
+    page.route(QUESTIONS, refuse(429, "Too many.", **{"Retry-After": "60"}), times=1)
+    page.get_by_role("button", name="Write this answer again").click()
+    page.wait_for_selector(".trouble:visible")
+    assert answer.inner_text() == "A cup."
+    assert page.inner_text(".remark") == "No new answer came. This is the one from before."
+    assert page.locator(".trouble-actions button").is_disabled()
+    chat.hold()
+    page.get_by_role("button", name="Write this answer again").click()
+    page.wait_for_selector(".wait:visible")
+    assert answer.inner_text() == ""
+    page.keyboard.press("Escape")
+    assert chat.finished() == "A cup."
+    page.get_by_role("button", name="Write this answer again").click()
+    page.wait_for_selector(".wait:visible")
+    chat.reload()
+    assert answer.inner_text() == "A cup.", "kept until a new one begins"
+
+
+def test_a_question_that_waits_for_a_slot_says_so(chat: Chatting) -> None:
+    chat.hold()
+    chat.send("What is a cup?")
+    chat.give(": queued 0\n\n")
+    chat.page.wait_for_selector(".wait:has-text('Reading')")
+    chat.page.keyboard.press("Escape")
+    chat.finished()
+    chat.send("What is a saucer?")
+    chat.page.wait_for_selector(".wait:has-text('Sent')")
+    chat.give(": queued 3\n\n")
+    chat.page.wait_for_selector(
+        ".wait:has-text('The server is busy: 3 requests waited for a turn')"
+    )
+    chat.give(": ping\n\n")
+    chat.give(answer_of("A cup."))
+    assert chat.finished() == "A cup."
+
+
+def test_stop_reaches_a_question_that_does_not_know_its_model_yet(chat: Chatting) -> None:
+    chat.page.route("**/v1/models", lambda _: None)
+    chat.reload()
+    chat.send("What is a cup?")
+    chat.page.wait_for_selector("#stop:visible")
+    chat.page.keyboard.press("Escape")
+    chat.finished()
+    assert chat.page.inner_text(".remark") == "Stopped."
+    assert chat.bodies == []
+
+
 FAULT = 'data: {"error": {"message": "The server failed.", "code": "internal_error"}}\n\n'
 
 
 @pytest.mark.parametrize(
     ("events", "title"),
     [
-        (PIECE, "No connection to the server"),
-        (f": ping\n\n{PIECE}{FAULT}", "Something went wrong"),
+        (piece("A cup"), "No connection to the server"),
+        (f": ping\n\n{piece('A cup')}{FAULT}", "Something went wrong"),
     ],
     ids=["breaks", "fails"],
 )
@@ -180,7 +267,7 @@ def test_a_wrong_key_is_asked_for_again(server: Server, browser: Browser) -> Non
 
 
 def test_the_key_is_no_part_of_the_address_or_the_code(chat: Chatting) -> None:
-    chat.set(max_tokens=2)
+    chat.answers()
     chat.ask("What is a cup?")
     chat.page.click("#open-code")
     for language in ("curl", "Python"):

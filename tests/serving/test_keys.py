@@ -30,15 +30,26 @@ def test_keys_of_file_and_environment_are_taken_together_each_once(
     assert caplog.text == ""
 
 
-def test_a_file_that_others_can_read_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o660, 0o602])
+def test_a_file_that_everybody_reads_or_that_others_can_change_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:
     access = write(tmp_path / "keys", ONE)
-    (tmp_path / "keys").chmod(0o644)
+    (tmp_path / "keys").chmod(mode)
     assert load_keys(access, {}) == (ONE,)
-    assert "mode 644" in caplog.text
+    assert f"mode {mode:o}" in caplog.text
     assert "chmod 600" in caplog.text
     assert ONE not in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o440])
+def test_a_file_that_at_most_the_group_reads_is_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    access = write(tmp_path / "keys", ONE)
+    (tmp_path / "keys").chmod(mode)
+    assert load_keys(access, {}) == (ONE,)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("key", ["short", "with a space in it", "kéy-kéy-kéy-kéy-kéy", "k" * 257])

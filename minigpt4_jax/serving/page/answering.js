@@ -11,7 +11,8 @@ const POLL_MS = 1500;
  * Writes into `answer` until it is done, stopped or failed; never throws for those.
  * @param {Answer} answer
  * @param {object} body
- * @param {{key: string, signal: AbortSignal, onChange: (what: "text" | "starting" | "sent" | "begun") => void}} how
+ * @param {{key: string, signal: AbortSignal, 
+ *         onChange: (what: "text" | "starting" | "sent" | "queued" | "begun", waiting?: number) => void}} how
  */
 export async function write(answer, body, { key, signal, onChange }) {
   for (;;) {
@@ -65,6 +66,7 @@ export function fail(answer, error) {
   answer.failure = {
     status: known ? error.status : -1,
     code: known ? error.code : null,
+    param: known ? error.param : null,
     message: known ? error.message : "The page failed; its console has the reason.",
     retryAt: known && error.retryAfterS !== null ? Date.now() + 1000 * error.retryAfterS : null,
   };
@@ -78,6 +80,10 @@ async function writeStream(answer, body, { key, signal, onChange }) {
   let usage = null;
   try {
     for await (const chunk of stream(body, { key, signal })) {
+      if (chunk.queued !== undefined) {
+        onChange("queued", chunk.queued);
+        continue;
+      }
       const choice = chunk.choices?.[0];
       if (chunk.usage) usage = chunk.usage;
       if (choice?.finish_reason) answer.finish = choice.finish_reason;

@@ -6,12 +6,13 @@ export class ApiFailure extends Error {
   /**
    * @param {number} status HTTP status; 0 when no answer came
    * @param {string} message
-   * @param {{code?: string | null, retryAfterS?: number | null}} [more]
+   * @param {{code?: string | null, param?: string | null, retryAfterS?: number | null}} [more] as the server's errors.py
    */
-  constructor(status, message, { code = null, retryAfterS = null } = {}) {
+  constructor(status, message, { code = null, param = null, retryAfterS = null } = {}) {
     super(message);
     this.status = status;
     this.code = code;
+    this.param = param;
     this.retryAfterS = retryAfterS;
   }
 }
@@ -49,7 +50,7 @@ export async function complete(body, access) {
 }
 
 /**
- * The chunks of a streamed answer as they come.
+ * The chunks of a streamed answer as they come; before them `{queued: N}` if it waits for a slot, as N requests do then.
  * @param {object} body
  * @param {Access} access
  * @returns {AsyncGenerator<any>}
@@ -57,13 +58,17 @@ export async function complete(body, access) {
 export async function* stream(body, access) {
   const response = await post(body, access);
   let ended = false;
-  for await (const data of events(response.body)) {
+  for await (const event of events(response.body)) {
+    const queued = /^: queued (\d+)$/m.exec(event)?.[1];
+    if (queued !== undefined) yield { queued: Number(queued) };
+    const data = dataOf(event);
+    if (!data) continue;
     if (data === "[DONE]") {
       ended = true;
       break;
     }
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiFailure(500, chunk.error.message, { code: chunk.error.code });
+    if (chunk.error) throw new ApiFailure(500, chunk.error.message, chunk.error);
     yield chunk;
   }
   if (!ended) throw new ApiFailure(0, "The connection ended in the middle of the answer.");
@@ -105,7 +110,7 @@ async function refusal(response) {
   const retryAfterS = Number.isNaN(seconds) ? null : seconds;
   try {
     const { error } = await response.json();
-    return new ApiFailure(response.status, error.message, { code: error.code, retryAfterS });
+    return new ApiFailure(response.status, error.message, { code: error.code, param: error.param, retryAfterS });
   } catch {
     // A proxy's page, or nothing: there is only the status to tell.
     return new ApiFailure(response.status, `The server answered ${response.status}.`, { retryAfterS });
@@ -113,7 +118,7 @@ async function refusal(response) {
 }
 
 /**
- * The data of each event (https://html.spec.whatwg.org/multipage/server-sent-events.html). `EventSource` cannot POST.
+ * The lines of each event (https://html.spec.whatwg.org/multipage/server-sent-events.html). `EventSource` cannot POST.
  * @param {ReadableStream<Uint8Array>} body
  * @returns {AsyncGenerator<string>}
  */
@@ -126,10 +131,7 @@ async function* events(body) {
       if (done) return;
       const parts = (rest + value).split(/\r?\n\r?\n/);
       rest = parts.pop() ?? "";
-      for (const part of parts) {
-        const data = dataOf(part);
-        if (data) yield data;
-      }
+      yield* parts;
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ApiFailure) throw error;

@@ -2,7 +2,7 @@
 // Not for: how a part works; each has its module.
 
 import { listModels } from "./api.js";
-import { ask, isTold, newAnswer, newChat, picturesOf } from "./chat.js";
+import { ask, isTold, newChat, picturesOf } from "./chat.js";
 import { showCode } from "./code.js";
 import { Composer } from "./composer.js";
 import { openDialog } from "./dialogs.js";
@@ -12,6 +12,7 @@ import { offerDownload } from "./export.js";
 import { openHistory } from "./history.js";
 import { askForKey, currentKey } from "./key.js";
 import { Library } from "./library.js";
+import { readPicture } from "./pictures.js";
 import { requestOf } from "./requests.js";
 import { Runs, waitText } from "./runs.js";
 import { ServerState } from "./server_state.js";
@@ -19,7 +20,7 @@ import { FIELDS, startSettings } from "./settings.js";
 import { closeSidebar, startSidebar } from "./sidebar.js";
 import { startTheme } from "./theme.js";
 import { troubleOf } from "./trouble.js";
-import { makeTurn, showAnswer, showWait } from "./view.js";
+import { makeTurn, NO_NEW_ANSWER, showAnswer, showWait } from "./view.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
 /** @typedef {import("./chat.js").Turn} Turn */
@@ -41,11 +42,13 @@ class App {
     this.remarks = new Map();
     /** Whether the conversation is scrolled to its end, and follows what is written. */
     this.atEnd = false;
-    this.server = new ServerState(() => listModels({ key: currentKey() }), () => this.showContext());
+    const models = (signal) => listModels({ key: currentKey(), signal });
+    this.server = new ServerState(models, () => this.showContext());
     this.runs = new Runs({
       prepare: (run) => this.prepare(run),
       changed: (run) => this.runChanged(run),
       keep: (chat) => this.keep(chat),
+      forgetModel: () => this.server.forget(),
     });
     this.library = new Library(this);
     this.composer = new Composer({ send: () => this.send(), others: () => picturesOf(this.chatBefore()) });
@@ -54,6 +57,7 @@ class App {
       again: (turn) => this.again(turn),
       newChat: () => this.library.begin(),
       key: (turn) => this.enterKey(turn),
+      settings: () => openDialog("settings"),
     };
   }
 
@@ -81,15 +85,13 @@ class App {
   /** @param {Turn} turn */
   async run(turn) {
     const { chat } = this;
-    const before = turn.answer.text;
-    turn.answer = newAnswer();
     this.remarks.delete(turn.id);
-    const done = this.runs.start(chat, turn);
+    const run = this.runs.start(chat, turn);
     this.render();
     this.toEnd();
     this.focusAfterSending(turn);
-    await done;
-    if (before && before === turn.answer.text && !this.settings.temperature) {
+    await run.done;
+    if (!run.restored && run.before?.text === turn.answer.text && !this.settings.temperature) {
       this.remarks.set(turn.id, "The same answer again. A temperature above 0, in the settings, brings others.");
       if (this.chat === chat) this.update(turn);
     }
@@ -100,7 +102,9 @@ class App {
   focusAfterSending(turn) {
     // On a touch screen the question's focus would bring the keyboard up, and the pressed button is gone.
     if (mouse.matches) this.composer.focus();
-    else if (document.activeElement === document.body) this.elementOf(turn)?.focus();
+    else if (document.activeElement === document.body || document.activeElement.getClientRects().length === 0) {
+      this.elementOf(turn)?.focus();
+    }
   }
 
   /** @param {Turn} turn */
@@ -125,8 +129,8 @@ class App {
   }
 
   /** @param {import("./runs.js").Run} run */
-  async prepare({ chat, turn }) {
-    const model = await this.server.model();
+  async prepare({ chat, turn, controller }) {
+    const model = await this.server.model(controller.signal);
     const turns = chat.turns.slice(0, chat.turns.indexOf(turn) + 1);
     const body = await requestOf(model, turns, this.settings);
     const told = turns.filter((each) => each === turn || isTold(each));
@@ -136,13 +140,15 @@ class App {
 
   /** @param {import("./runs.js").Run} run */
   runChanged(run) {
-    const { chat, turn } = run;
+    const { chat, turn, restored } = run;
     const running = this.runs.running.has(run);
+    if (restored) this.remarks.set(turn.id, NO_NEW_ANSWER);
     if (chat === this.chat) this.update(turn);
     if (running) return;
     const { failure, state } = turn.answer;
     if (failure && (failure.status === 0 || failure.status === 503)) this.server.watch();
     if (failure) announce(`${troubleOf(failure).title}. ${failure.message}`);
+    else if (restored) announce("Stopped. The answer from before is back.");
     else announce(`${state === "stopped" ? "Stopped" : "Answer"}: ${turn.answer.text}`);
     if (chat === this.chat) this.showButtons();
   }
@@ -152,15 +158,20 @@ class App {
   }
 
   /**
-   * @param {File} file
+   * Asks without the box for questions, where a draft may be.
+   * @param {Promise<File>} loading
    * @param {string} text
    */
-  async askExample(file, text) {
-    const draft = this.composer.question;
-    this.composer.set({ text, pictures: [] });
-    await this.composer.add([file]);
-    this.send();
-    this.composer.set(draft);
+  async askExample(loading, text) {
+    const { chat } = this;
+    const { picture } = await readPicture(await loading, 0);
+    if (this.chat !== chat || chat.turns.length > 0) {
+      note(`“${text}” was not asked: the chat that it was for has gone on, or another one is shown.`);
+      return;
+    }
+    const turn = ask(chat, 0, { text, pictures: [picture] });
+    clearNote();
+    this.run(turn);
   }
 
   // --- editing ---
@@ -168,6 +179,10 @@ class App {
   /** @param {Turn} turn */
   edit(turn) {
     if (this.runs.of(this.chat)) return;
+    if (this.composer.reading > 0) {
+      note("A picture is still being read for the question in the box. Edit this one when it is there.");
+      return;
+    }
     this.draft ??= this.composer.question;
     this.editing = turn;
     const at = this.chat.turns.indexOf(turn);
@@ -190,20 +205,42 @@ class App {
 
   // --- showing ---
 
+  /** Leaves the edited question as it was; what another tab did meanwhile is shown now. */
+  cancelEditing() {
+    this.stopEditing();
+    this.library.changedElsewhere(this.chat.id);
+  }
+
   /** @param {Chat} chat */
   show(chat) {
     this.stopEditing();
     this.chat = chat;
     closeSidebar();
+    byId("turns").replaceChildren();
     this.render();
     if (chat.turns.length > 0) this.toEnd();
     if (mouse.matches) this.composer.focus();
   }
 
-  /** Makes the whole chat anew. */
+  /**
+   * Brings the chat that is shown up to what was kept of it, and leaves alone what is the same: scroll, focus, selection.
+   * @param {Chat} kept
+   */
+  refresh(kept) {
+    const shown = new Map(this.chat.turns.map((turn) => [turn.id, turn]));
+    // A turn's question never changes: another one is another turn.
+    const turns = kept.turns.map((turn) => Object.assign(shown.get(turn.id) ?? turn, { answer: turn.answer }));
+    Object.assign(this.chat, kept, { turns });
+    this.render();
+  }
+
+  /** Shows the chat's turns as they are now: those that are gone go, those that are new come. */
   render() {
     const { turns, title, id } = this.chat;
-    byId("turns").replaceChildren(...turns.map((turn) => makeTurn(turn, this.placeOf(turn))));
+    const ids = new Set(turns.map((turn) => turn.id));
+    for (const element of [...byId("turns").children]) if (!ids.has(element.dataset.turn)) element.remove();
+    const fresh = turns.filter((turn) => !this.elementOf(turn));
+    byId("turns").append(...fresh.map((turn) => makeTurn(turn, this.placeOf(turn))));
     byId("welcome").hidden = turns.length > 0;
     byId("chat-title").textContent = title;
     document.title = turns.length > 0 ? `${title} – MiniGPT-4` : "MiniGPT-4";
@@ -280,7 +317,7 @@ class App {
       "changed-settings": () => openDialog("settings"),
       "open-export": () => offerDownload(this.chat, this.server.name),
       "open-code": () => showCode(this.asked),
-      "cancel-edit": () => this.stopEditing(),
+      "cancel-edit": () => this.cancelEditing(),
       "to-end": () => this.toEnd(),
       stop: () => this.stop(),
     };
@@ -294,7 +331,7 @@ class App {
     // The box for the question grows and takes room from the conversation, whose end stays in sight.
     new ResizeObserver(() => this.atEnd && this.toEnd()).observe(byId("log"));
     this.history.store.onChange((id) => this.library.changedElsewhere(id));
-    startExamples((file, question) => this.askExample(file, question));
+    startExamples((loading, question) => this.askExample(loading, question));
     startSettings((settings) => this.settingsChanged(settings));
     startTheme();
     startSidebar();
@@ -305,7 +342,7 @@ class App {
   key(event) {
     if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
     if (this.runs.of(this.chat)) this.stop();
-    else if (this.editing) this.stopEditing();
+    else if (this.editing) this.cancelEditing();
   }
 
   scrolled() {

@@ -7,8 +7,8 @@
  *            used: number | null}} Stats
  *   Times in milliseconds since the question was sent; `used`: tokens of the context that question and answer take.
  * @typedef {{text: string, state: "writing" | "done" | "stopped" | "failed", finish: string | null,
- *            stats: Stats | null, failure: {status: number, code: string | null, message: string,
- *            retryAt: number | null} | null}} Answer
+ *            stats: Stats | null, failure: {status: number, code: string | null, param?: string | null,
+ *            message: string, retryAt: number | null} | null}} Answer
  * @typedef {{id: string, text: string, pictures: Picture[], answer: Answer}} Turn
  * @typedef {{version: 1, id: string, title: string, named: boolean, created: number, updated: number,
  *            revision: number, turns: Turn[]}} Chat

@@ -17,6 +17,8 @@ export class Composer {
     this.pictures = [];
     this.others = others;
     this.reading = 0;
+    /** Counts the questions that were put here: what is still read for another one is left out. */
+    this.questions = 0;
     this.text.addEventListener("input", () => this.changed());
     this.text.addEventListener("keydown", (event) => {
       // An input method's Enter ends its own word and sends nothing.
@@ -46,6 +48,7 @@ export class Composer {
 
   /** @param {{text: string, pictures: Picture[]}} question */
   set({ text, pictures }) {
+    this.questions += 1;
     this.text.value = text;
     this.pictures = [...pictures];
     this.changed();
@@ -79,27 +82,40 @@ export class Composer {
     const remarks = [];
     this.reading += 1;
     this.changed();
-    for (const file of files) {
-      const before = [...this.others(), ...this.pictures];
-      if (before.length >= LIMITS.count) {
-        remarks.push(`One request takes ${LIMITS.count} pictures, earlier questions' too; ${file.name} was left out.`);
-        continue;
-      }
-      try {
-        const taken = before.reduce((sum, { blob }) => sum + blob.size, 0);
-        const { picture, remark } = await readPicture(file, taken);
-        this.pictures.push(picture);
+    try {
+      for (const file of files) {
+        const remark = await this.addOne(file);
         if (remark) remarks.push(remark);
-      } catch (error) {
-        if (!(error instanceof PictureRefused)) throw error;
-        remarks.push(error.message);
       }
+    } finally {
+      this.reading -= 1;
+      this.changed();
     }
-    this.reading -= 1;
-    this.changed();
     if (remarks.length > 0) note(remarks.join(" "));
     else if (files.length > 0) announce(files.length === 1 ? "Picture added" : `${files.length} pictures added`);
     this.focus();
+  }
+
+  /**
+   * @param {File} file
+   * @returns {Promise<string>} what is to be said about it, "" for nothing
+   */
+  async addOne(file) {
+    const before = [...this.others(), ...this.pictures];
+    if (before.length >= LIMITS.count) {
+      return `One request takes ${LIMITS.count} pictures, earlier questions' too; ${file.name} was left out.`;
+    }
+    const { questions } = this;
+    const taken = before.reduce((sum, { blob }) => sum + blob.size, 0);
+    try {
+      const { picture, remark } = await readPicture(file, taken);
+      if (questions !== this.questions) return `${picture.name} was left out: it was for another question.`;
+      this.pictures.push(picture);
+      return remark;
+    } catch (error) {
+      if (error instanceof PictureRefused) return error.message;
+      throw error;
+    }
   }
 
   startPicking() {

@@ -3,7 +3,7 @@
 
 import { openDialog } from "./dialogs.js";
 import { make } from "./dom.js";
-import { picturesOf } from "./chat.js";
+import { isTold, picturesOf } from "./chat.js";
 import { dataUrl, messagesOf } from "./requests.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
@@ -24,11 +24,17 @@ export async function offerDownload(chat, model) {
 }
 
 /**
+ * `answers` has one entry for each question, with the place of its message in `messages` (null without any text);
+ * `pictures` has one for each picture of `messages`, in their order.
  * @param {Chat} chat
  * @param {string} model
  */
 async function toJson(chat, model) {
-  const answers = chat.turns.map(({ answer }) => ({
+  // Each turn by itself: a request leaves out questions without an answer, and a file does not.
+  const told = await Promise.all(chat.turns.map((turn) => messagesOf([turn])));
+  const messages = told.flat();
+  const answers = chat.turns.map(({ answer }, at) => ({
+    message: isTold(chat.turns[at]) ? told.slice(0, at + 1).flat().length - 1 : null,
     text: answer.text,
     state: answer.state,
     finish_reason: answer.finish,
@@ -36,7 +42,6 @@ async function toJson(chat, model) {
     first_token_ms: answer.stats?.firstMs ?? null,
     total_ms: answer.stats?.totalMs ?? null,
   }));
-  const messages = await messagesOf(chat.turns);
   const about = { format: "minigpt4-chat", version: 1, model, title: chat.title };
   const times = { created: iso(chat.created), updated: iso(chat.updated) };
   const pictures = picturesOf(chat).map(({ name, type, width, height }) => ({ name, type, width, height }));

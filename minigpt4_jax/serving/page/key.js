@@ -3,22 +3,23 @@
 
 import { byId } from "./dom.js";
 import { openDialog } from "./dialogs.js";
+import { forGood, forWindow } from "./storage.js";
 
 const NAME = "minigpt4.key";
 
 /** @returns {string} the key, "" for none */
 export function currentKey() {
-  return sessionStorage.getItem(NAME) ?? localStorage.getItem(NAME) ?? "";
+  return forWindow.get(NAME) ?? forGood.get(NAME) ?? "";
 }
 
 /**
  * @param {string} key "" forgets it
- * @param {{forGood: boolean}} how
+ * @param {{always: boolean}} how
  */
-function keepKey(key, { forGood }) {
-  sessionStorage.removeItem(NAME);
-  localStorage.removeItem(NAME);
-  if (key) (forGood ? localStorage : sessionStorage).setItem(NAME, key);
+function keepKey(key, { always }) {
+  forWindow.remove(NAME);
+  forGood.remove(NAME);
+  if (key) (always ? forGood : forWindow).set(NAME, key);
 }
 
 /**
@@ -29,13 +30,13 @@ function keepKey(key, { forGood }) {
 export async function askForKey(reason) {
   const input = byId("key-value");
   input.value = currentKey();
-  byId("key-keep").checked = localStorage.getItem(NAME) !== null;
+  byId("key-keep").checked = forGood.get(NAME) !== null;
   byId("key-reason").textContent = reason;
   byId("key-forget").hidden = currentKey() === "";
   const answer = await openDialog("key-dialog", { enter: "save" });
   if (answer !== "save" && answer !== "forget") return false;
   const key = answer === "save" ? input.value.trim() : "";
-  keepKey(key, { forGood: byId("key-keep").checked });
+  keepKey(key, { always: byId("key-keep").checked });
   input.value = "";
   return key !== "";
 }

@@ -9,7 +9,7 @@ import { showChats } from "./sidebar.js";
 /** @typedef {import("./chat.js").Chat} Chat */
 /**
  * @typedef {{chat: Chat, history: import("./history.js").History, runs: import("./runs.js").Runs,
- *            show(chat: Chat): void, keep(chat: Chat): Promise<void>, render(): void}} App
+ *            editing: object | null, show(chat: Chat): void, refresh(chat: Chat): void, keep(chat: Chat): Promise<void>, render(): void}} App
  */
 
 export class Library {
@@ -89,10 +89,16 @@ export class Library {
   async changedElsewhere(id) {
     const { app } = this;
     await this.list();
-    const concerned = id === app.chat.id || id === "";
-    if (!concerned || app.chat.revision === 0 || app.runs.of(app.chat)) return;
-    const chat = await this.store.load(app.chat.id);
-    app.show(chat ?? newChat());
-    if (!chat) note("The chat was deleted in another tab.");
+    const shown = app.chat;
+    if (!(id === shown.id || id === "") || shown.revision === 0) return;
+    const kept = await this.store.load(shown.id);
+    // An edit goes on, and an answer: if they are kept later, as a copy of the chat.
+    if (app.chat !== shown || app.runs.of(shown) || app.editing || kept?.revision === shown.revision) return;
+    if (kept) {
+      app.refresh(kept);
+      return;
+    }
+    app.show(newChat());
+    note("The chat was deleted in another tab.");
   }
 }

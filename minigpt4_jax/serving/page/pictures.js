@@ -38,7 +38,7 @@ export class PictureRefused extends Error {}
  */
 export async function readPicture(file, takenBytes) {
   const name = file.name || "picture";
-  const type = await typeOf(file);
+  const type = await typeOf(file, name);
   const blob = type ? new Blob([file], { type }) : file;
   const bitmap = await decode(blob, name);
   const { width, height } = bitmap;
@@ -55,10 +55,18 @@ export async function readPicture(file, takenBytes) {
 
 /**
  * @param {Blob} blob
+ * @param {string} name
  * @returns {Promise<string>} its MIME type by its first bytes; "" for one that the server does not read
+ * @throws {PictureRefused} for what cannot be read at all: a folder, a file that is gone or not ours to read
  */
-async function typeOf(blob) {
-  const head = String.fromCharCode(...new Uint8Array(await blob.slice(0, 16).arrayBuffer()));
+async function typeOf(blob, name) {
+  let bytes;
+  try {
+    bytes = new Uint8Array(await blob.slice(0, 16).arrayBuffer());
+  } catch {
+    throw new PictureRefused(`${name} cannot be read: it is a folder, or the file is gone or closed to this browser.`);
+  }
+  const head = String.fromCharCode(...bytes);
   return SIGNATURES.find(([, pattern]) => pattern.test(head))?.[0] ?? "";
 }
 

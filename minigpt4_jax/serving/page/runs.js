@@ -2,12 +2,16 @@
 // Not for: how an answer is written (answering.js).
 
 import { fail, write } from "./answering.js";
+import { newAnswer } from "./chat.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
 /** @typedef {import("./chat.js").Turn} Turn */
+/** @typedef {import("./chat.js").Answer} Answer */
 /**
- * @typedef {{chat: Chat, turn: Turn, controller: AbortController, phase: string, since: number,
- *            done: Promise<void>}} Run
+ * @typedef {{chat: Chat, turn: Turn, before: Answer | null, restored: boolean, controller: AbortController,
+ *            phase: string, since: number, waiting: number, done: Promise<void>}} Run
+ *   `before`: the answer with a text that this one replaces; `restored`: it is back, for no new one came.
+ *   `waiting`: requests that waited for a slot when the server last said so.
  */
 
 /** So long after a change of the text the chat is kept, in milliseconds. */
@@ -16,7 +20,7 @@ const KEEP_MS = 2000;
 export class Runs {
   /**
    * @param {{prepare: (run: Run) => Promise<{body: object, key: string}>, changed: (run: Run) => void,
-   *          keep: (chat: Chat) => Promise<void>}} app
+   *          keep: (chat: Chat) => Promise<void>, forgetModel: () => void}} app
    */
   constructor(app) {
     this.app = app;
@@ -43,16 +47,19 @@ export class Runs {
   }
 
   /**
+   * Begins a new answer to a turn.
    * @param {Chat} chat
    * @param {Turn} turn
-   * @returns {Promise<void>} Fulfilled when the answer is there, or is not to come, and the chat is kept.
+   * @returns {Run} `done` is fulfilled when the answer is there, or is not to come, and the chat is kept.
    */
   start(chat, turn) {
-    const controller = new AbortController();
-    const run = { chat, turn, controller, phase: "sent", since: Date.now(), done: Promise.resolve() };
+    const before = turn.answer.text === "" ? null : turn.answer;
+    turn.answer = newAnswer();
+    const now = { phase: "sent", since: Date.now(), waiting: 0, restored: false };
+    const run = { chat, turn, before, ...now, controller: new AbortController(), done: Promise.resolve() };
     this.running.add(run);
     run.done = this.write(run);
-    return run.done;
+    return run;
   }
 
   /**
@@ -61,40 +68,61 @@ export class Runs {
    */
   async write(run) {
     const { chat } = run;
-    this.app.keep(chat);
+    // What is kept of an earlier answer stays until a new one has begun.
+    if (!run.before) this.app.keep(chat);
     const ticks = setInterval(() => this.app.changed(run), 1000);
     const keeping = setInterval(() => run.phase === "text" && this.app.keep(chat), KEEP_MS);
     await this.answer(run);
     clearInterval(ticks);
     clearInterval(keeping);
+    this.restore(run);
     this.running.delete(run);
     this.app.changed(run);
     chat.updated = Date.now();
     await this.app.keep(chat);
   }
 
+  /**
+   * Gives an answer back whose successor ended before its first word.
+   * @param {Run} run
+   */
+  restore(run) {
+    const { state, text, failure } = run.turn.answer;
+    run.restored = run.before !== null && text === "" && state !== "done";
+    if (run.restored) run.turn.answer = { ...run.before, failure: failure ?? run.before.failure };
+  }
+
   /** @param {Run} run */
   async answer(run) {
-    const { turn, controller } = run;
+    await this.attempt(run);
+    if (run.turn.answer.failure?.code !== "model_not_found") return;
+    // The server came back with another model since it was asked for its name.
+    this.app.forgetModel();
+    run.turn.answer = newAnswer();
+    await this.attempt(run);
+  }
+
+  /** @param {Run} run */
+  async attempt(run) {
+    const { answer } = run.turn;
+    const { signal } = run.controller;
     try {
       const { body, key } = await this.app.prepare(run);
-      await write(turn.answer, body, {
-        key,
-        signal: controller.signal,
-        onChange: (phase) => this.enter(run, phase),
-      });
+      await write(answer, body, { key, signal, onChange: (phase, waiting) => this.enter(run, phase, waiting) });
     } catch (error) {
-      fail(turn.answer, error);
+      if (signal.aborted) answer.state = "stopped";
+      else fail(answer, error);
     }
   }
 
   /**
    * @param {Run} run
    * @param {string} phase
+   * @param {number} [waiting]
    */
-  enter(run, phase) {
+  enter(run, phase, waiting = 0) {
     const first = run.phase !== phase;
-    if (first) Object.assign(run, { phase, since: Date.now() });
+    if (first) Object.assign(run, { phase, waiting, since: Date.now() });
     if (first || phase === "text") this.app.changed(run);
   }
 }
@@ -104,11 +132,14 @@ export class Runs {
  * @param {{beams: number}} how
  * @returns {string} what an answer without any text waits for
  */
-export function waitText({ phase, since }, { beams }) {
+export function waitText({ phase, since, waiting }, { beams }) {
   const seconds = Math.round((Date.now() - since) / 1000);
   const elapsed = seconds >= 2 ? ` · ${seconds} s` : "";
   if (phase === "starting") return `The server is not ready yet. The question is sent as soon as it is${elapsed}`;
-  if (phase === "begun") return `Reading${elapsed}`;
+  if (phase === "queued" && waiting > 0) {
+    return `The server is busy: ${waiting === 1 ? "1 request waited" : `${waiting} requests waited`} for a turn${elapsed}`;
+  }
+  if (phase === "begun" || phase === "queued") return `Reading${elapsed}`;
   if (beams > 1) return `Searching with ${beams} beams${elapsed}`;
   return seconds >= 4 ? `Waiting for the server’s turn${elapsed}` : `Sent${elapsed}`;
 }

@@ -8,25 +8,34 @@ const POLL_MS = 2000;
 
 export class ServerState {
   /**
-   * @param {() => Promise<{id: string, max_model_len?: number}[]>} listModels
+   * @param {(signal?: AbortSignal) => Promise<{id: string, max_model_len?: number}[]>} listModels
    * @param {() => void} changed called when the model is known
    */
   constructor(listModels, changed) {
     this.listModels = listModels;
     this.changed = changed;
     this.name = "";
+    /** Whether the name holds: a server that was away may come back with another model. */
+    this.known = false;
     /** Tokens of question and answer together; 0 while unknown. */
     this.context = 0;
     this.watching = false;
   }
 
+  /** Makes the next question ask for the model's name first. */
+  forget() {
+    this.known = false;
+  }
+
   /**
+   * @param {AbortSignal} [signal] stops asking for it
    * @returns {Promise<string>} the model's name
    * @throws {ApiFailure}
    */
-  async model() {
-    if (!this.name) {
-      const [first] = await this.listModels();
+  async model(signal) {
+    if (!this.known) {
+      const [first] = await this.listModels(signal);
+      this.known = true;
       this.name = first.id;
       this.context = first.max_model_len ?? 0;
       byId("model-name").textContent = first.id;
@@ -37,6 +46,7 @@ export class ServerState {
 
   /** Looks until the server is ready and its model known, and says what it sees. */
   async watch() {
+    this.forget();
     if (this.watching) return;
     this.watching = true;
     while (!(await this.look())) await new Promise((resolve) => setTimeout(resolve, POLL_MS));

@@ -1,7 +1,8 @@
 // For: how answers are written: the fields, their ranges, and those values that a person changed.
 // Not for: the server's own values: an empty field is not sent, and the server's preset holds.
 
-import { byId, make } from "./dom.js";
+import { byId, make, note } from "./dom.js";
+import { forGood } from "./storage.js";
 
 const NAME = "minigpt4.settings";
 
@@ -71,14 +72,29 @@ export const FIELDS = [
 
 /** @returns {Record<string, number>} what was changed and is valid */
 export function loadSettings() {
-  const kept = JSON.parse(localStorage.getItem(NAME) ?? "{}");
-  const valid = FIELDS.filter(({ name }) => name in kept && !problemOf(name, String(kept[name])));
+  const kept = parse(forGood.get(NAME) ?? "{}");
+  const valid = FIELDS.filter(({ name }) => typeof kept[name] === "number" && !problemOf(name, String(kept[name])));
   return Object.fromEntries(valid.map(({ name }) => [name, kept[name]]));
+}
+
+/**
+ * @param {string} text
+ * @returns {Record<string, unknown>} none, and a remark, for what is no object
+ */
+function parse(text) {
+  try {
+    const value = JSON.parse(text);
+    if (value !== null && typeof value === "object") return value;
+  } catch {
+    // the same remark
+  }
+  note("The settings that this browser kept cannot be read. The server's own hold until you set others.");
+  return {};
 }
 
 /** @param {Record<string, number>} settings */
 function keep(settings) {
-  localStorage.setItem(NAME, JSON.stringify(settings));
+  forGood.set(NAME, JSON.stringify(settings));
 }
 
 /**

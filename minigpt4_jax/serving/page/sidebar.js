@@ -48,7 +48,9 @@ export function startSidebar() {
   byId("close-sidebar").onclick = () => setOpen({ open: false });
   byId("shade").onclick = () => setOpen({ open: false });
   byId("sidebar").addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && narrow.matches) setOpen({ open: false });
+    if (event.key !== "Escape" || !narrow.matches) return;
+    event.preventDefault(); // it closes the drawer, and does not stop the answer behind it
+    setOpen({ open: false });
   });
   narrow.addEventListener("change", () => setOpen({ open: false }));
   setOpen({ open: false });

@@ -1,6 +1,8 @@
 // For: the switch between the system's colours, light and dark, kept in this browser.
 // Not for: the first drawing (early.js) nor the colours themselves (style.css).
 
+import { forGood } from "./storage.js";
+
 const NAME = "minigpt4.theme";
 
 /** @param {string} theme auto, light or dark */
@@ -14,10 +16,10 @@ function show(theme) {
 
 /** Wires the switch; other tabs follow. */
 export function startTheme() {
-  show(localStorage.getItem(NAME) ?? "auto");
+  show(forGood.get(NAME) ?? "auto");
   for (const radio of document.querySelectorAll("input[name=theme]")) {
     radio.addEventListener("change", () => {
-      localStorage.setItem(NAME, radio.value);
+      forGood.set(NAME, radio.value);
       show(radio.value);
     });
   }

@@ -9,9 +9,12 @@ import { troubleOf } from "./trouble.js";
 /** @typedef {import("./chat.js").Turn} Turn */
 /** @typedef {import("./chat.js").Picture} Picture */
 /**
- * @typedef {{edit(turn: Turn): void, again(turn: Turn): void, newChat(): void, key(turn: Turn): void}} Acts
+ * @typedef {{edit(turn: Turn): void, again(turn: Turn): void, newChat(): void, key(turn: Turn): void,
+ *            settings(): void}} Acts
  * @typedef {{index: number, last: boolean, running: boolean, remark: string, acts: Acts}} Place
  */
+
+export const NO_NEW_ANSWER = "No new answer came. This is the one from before.";
 
 /**
  * @param {Turn} turn
@@ -134,6 +137,7 @@ function rate(perSecond) {
 function remarkOf({ answer }, { last }) {
   if (!last && answer.text === "") return "Without an answer: the model is not told of this question.";
   if (answer.state === "writing") return "This answer was not finished.";
+  if (answer.state !== "failed" && answer.failure !== null) return NO_NEW_ANSWER;
   if (answer.state === "stopped") return "Stopped.";
   if (answer.state === "done" && answer.text === "") return "The model answered with nothing.";
   return "";
@@ -147,26 +151,32 @@ function remarkOf({ answer }, { last }) {
 function showTrouble(box, turn, { last, acts }) {
   const { failure } = turn.answer;
   const shown = failure !== null && last;
-  if (box.hidden === !shown && box.dataset.at === String(failure?.retryAt)) return;
+  const what = JSON.stringify(failure);
+  if (box.hidden === !shown && box.dataset.what === what) return;
   box.hidden = !shown;
-  box.dataset.at = String(failure?.retryAt);
+  box.dataset.what = what;
   if (!shown) return;
-  const { title, text, action } = troubleOf(failure);
+  const { title, text, actions } = troubleOf(failure);
   box.querySelector(".trouble-title").textContent = title;
   box.querySelector(".trouble-text").textContent = text;
-  const buttons = [troubleButton(turn, action, acts)];
+  const buttons = actions.map((action) => troubleButton(turn, action, acts));
   box.querySelector(".trouble-actions").replaceChildren(...buttons);
 }
 
 /**
  * @param {Turn} turn
- * @param {"retry" | "edit" | "new" | "key"} action
+ * @param {import("./trouble.js").Action} action
  * @param {Acts} acts
  */
 function troubleButton(turn, action, acts) {
-  const labels = { retry: "Try again", edit: "Edit the question", new: "New chat", key: "Enter a key" };
-  const act = { retry: acts.again, edit: acts.edit, new: acts.newChat, key: acts.key }[action];
-  const button = make("button", { type: "button", className: "button", textContent: labels[action] });
+  const [label, act] = {
+    retry: ["Try again", acts.again],
+    edit: ["Edit the question", acts.edit],
+    new: ["New chat", acts.newChat],
+    key: ["Enter a key", acts.key],
+    settings: ["Open the settings", acts.settings],
+  }[action];
+  const button = make("button", { type: "button", className: "button", textContent: label });
   button.onclick = () => act(turn);
   if (action === "retry") countDown(button, turn.answer.failure.retryAt);
   return button;

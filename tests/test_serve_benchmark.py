@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ import pytest
 from PIL import Image
 
 from minigpt4_jax.checksums import write_checksums
+from minigpt4_jax.config_file import load as load_config
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.presets import PRESETS
+from minigpt4_jax.serve_config import KEYS_VARIABLE, ServeConfig
 from tests.benchmark_scripts import FOLDER, load_script
 from tests.tiny_folder import write_folder
 from tests.tiny_model import make_frozen, write_tiny_projection
@@ -250,6 +254,58 @@ def test_without_the_libraries_of_a_server_it_says_which_and_what_to_do(
         serve_load.main([])
     with pytest.raises(SystemExit, match=r"installed: httpx2\."):
         serve_load.main(["--url", "http://127.0.0.1:1", "--rate", "1"])
+
+
+def test_a_server_that_is_started_here_takes_all_requests_of_a_row() -> None:
+    served = load_config(ServeConfig, None, serve_load.room(64))
+    assert (served.limits.max_per_key, served.limits.max_waiting) == (128, 128)
+    own = load_config(ServeConfig, None, [*serve_load.room(64), "limits.max_per_key=5"])
+    assert (own.limits.max_per_key, own.limits.max_waiting) == (5, 128)
+
+
+def test_the_key_goes_with_every_request_to_a_keyed_server() -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Keyed(http.server.BaseHTTPRequestHandler):
+        def _answer(self, body: bytes, kind: str) -> None:
+            key = self.headers.get("Authorization", "")
+            asked.append((self.path, key))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200 if key == "Bearer a-key" else 401)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            text = b"x 1.0\n" if self.path == "/metrics" else b'{"data": [{"id": "smol"}]}'
+            self._answer(text, "application/json")
+
+        def do_POST(self) -> None:
+            self._answer("".join(WHOLE_STREAM).encode(), "text/event-stream")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Keyed) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            arguments = ["--url", url, "--key", "a-key", "--rate", "100", "--num-requests", "2"]
+            args = serve_load.read_arguments(arguments)
+            server_process.wait_until_compiled(url, key=args.key, programs=0)
+            row = serve_load.Bench(url, args, bare=None).load(0, rate=100.0, said="x")
+        finally:
+            server.shutdown()
+            serving.join()
+    assert (row["completed"], row["failed"]) == (2, 0)
+    paths = ["/metrics", "/v1/models", *["/v1/chat/completions"] * 2]
+    assert asked == [(path, "Bearer a-key") for path in paths]
+
+
+def test_a_server_is_started_without_our_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, "a-key-0123456789ab")
+    script = f"import os, sys; sys.exit({KEYS_VARIABLE!r} in os.environ)"
+    with server_process.ServerProcess(launcher=[sys.executable, "-c", script]) as started:
+        assert started.process.wait(timeout=120) == 0
 
 
 def test_metrics_are_summed_over_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:

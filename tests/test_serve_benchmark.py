@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +24,7 @@ from minigpt4_jax.checksums import write_checksums
 from minigpt4_jax.config_file import load as load_config
 from minigpt4_jax.data.tokenizer import byte_tokenizer
 from minigpt4_jax.presets import PRESETS
-from minigpt4_jax.serve_config import KEYS_VARIABLE, ServeConfig
+from minigpt4_jax.serve_config import ServeConfig
 from tests.benchmark_scripts import FOLDER, load_script
 from tests.tiny_folder import write_folder
 from tests.tiny_model import make_frozen, write_tiny_projection
@@ -32,6 +33,12 @@ client = load_script("serve_client")
 serve_load = load_script("serve_load")
 server_process = load_script("server_process")
 tables = load_script("page_tables")
+
+
+# Plain loops cost XLA 0.4 of the time for the tiny model's programs; newer ones know no other way, nor the flag.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__[:2] == (0, 10) else ""
+)
 
 
 def chunk(text: str | None = None, **more: Any) -> str:
@@ -301,27 +308,6 @@ def test_the_key_goes_with_every_request_to_a_keyed_server() -> None:
     assert asked == [(path, "Bearer a-key") for path in paths]
 
 
-def test_a_server_is_started_without_our_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEYS_VARIABLE, "a-key-0123456789ab")
-    script = f"import os, sys; sys.exit({KEYS_VARIABLE!r} in os.environ)"
-    with server_process.ServerProcess(launcher=[sys.executable, "-c", script]) as started:
-        assert started.process.wait(timeout=120) == 0
-
-
-def test_metrics_are_summed_over_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (
-        "# HELP minigpt4:request_success_total x\n"
-        'minigpt4:request_success_total{engine="0",finished_reason="stop"} 3.0\n'
-        'minigpt4:request_success_total{engine="0",finished_reason="abort"} 2.0\n'
-        "process_open_fds 12.0\n"
-    )
-    monkeypatch.setattr(
-        server_process.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(text.encode())
-    )
-    found = server_process.read_metrics("http://x")
-    assert found == {"request_success_total": 5.0, "process_open_fds": 12.0}
-
-
 SHARE = {
     "what": "the server's share",
     "share": 0.951,
@@ -380,7 +366,7 @@ def test_one_command_measures_the_share_and_the_load_of_a_real_server(
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is most of it
+        "XLA_FLAGS": QUICK_TO_COMPILE,  # which is most of it
         "PYTHONPATH": str(FOLDER.parent),
         "MINIGPT4_CACHE": str(tmp_path / "cache"),
     }

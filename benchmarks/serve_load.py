@@ -2,14 +2,15 @@
 
     pip install -e ".[serve,smol]"
     python benchmarks/serve_load.py --out benchmarks/results/serve_cpu.json
-    python benchmarks/serve_load.py --url http://127.0.0.1:8000 --rate 2 4      # a server that runs already
+    python benchmarks/serve_load.py --url http://127.0.0.1:8000 --rate 2 4      # a server that runs already; --key KEY
     python benchmarks/page_tables.py                                           # the tables of the pages
 
 `share_*`: the same questions about the same pictures through HTTP, as many at once as keep all slots full, and straight
 through `MiniGPT4.answer_each` in this process, in turns and never at once; both have compiled all that they can before.
 The share is the bare seconds over those through HTTP, and the client takes its part of the same cores. Pictures are new
 in every round, so that no side finds them in its cache. `load_*`: open loop, Poisson arrivals (`--burstiness` 1) at
-shares of what `share_streamed` reached, or at `--rate`; figures by the names of `vllm bench serve`.
+shares of what `share_streamed` reached, or at `--rate`; figures by the names of `vllm bench serve`. A server that is
+started here may hold all requests of a row at once (`room`): what cannot be answered yet waits and is not refused.
 
 Not for: the engine's own speed (`inference.py`, which needs none of the libraries of a server).
 """
@@ -115,6 +116,12 @@ def chat_body(question: Question, *, model: str, max_tokens: int, stream: bool) 
     return json.dumps(body).encode()
 
 
+def room(num_requests: int) -> list[str]:
+    """Overrides for a server that takes so many requests of one client at once. Twice as many, since the next one may
+    come before the server has put away the one that it has just answered."""
+    return [f"limits.max_per_key={2 * num_requests}", f"limits.max_waiting={2 * num_requests}"]
+
+
 class Bare:
     """The model in this process, as the server has it."""
 
@@ -159,7 +166,7 @@ class Bench:
 
     def __init__(self, url: str, args: argparse.Namespace, *, bare: Bare | None) -> None:
         self.url, self.args, self.bare = url, args, bare
-        self.model_name: str = read_json(f"{url}/v1/models")["data"][0]["id"]
+        self.model_name: str = read_json(f"{url}/v1/models", key=args.key)["data"][0]["id"]
         self.rate: float | None = None
         """Requests a second that the slots could answer, once `share_streamed` has run."""
 
@@ -179,7 +186,9 @@ class Bench:
         at_once = 2 * self.bare.model.engine.num_slots if self.bare else 1
         start = time.perf_counter()
         samples = serve_client.run(
-            self.url, lambda client: serve_client.closed_loop(client, bodies, at_once=at_once)
+            self.url,
+            lambda client: serve_client.closed_loop(client, bodies, at_once=at_once),
+            key=self.args.key,
         )
         seconds = time.perf_counter() - start
         errors = sorted({sample.error for sample in samples if sample.error})
@@ -232,7 +241,9 @@ class Bench:
             len(bodies), rate=rate, burstiness=args.burstiness, seed=args.seed
         )
         samples = serve_client.run(
-            self.url, lambda client: serve_client.open_loop(client, bodies, times)
+            self.url,
+            lambda client: serve_client.open_loop(client, bodies, times),
+            key=args.key,
         )
         found = serve_client.figures(
             samples, ttft_slo_ms=args.ttft_slo_ms, tpot_slo_ms=args.tpot_slo_ms
@@ -283,6 +294,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="key=value of the server's configuration")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of the server")
     parser.add_argument("--url", help="of a server that runs already; then without its share")
+    parser.add_argument("--key", default="", help="an API key of the server")
     parser.add_argument("--rate", type=float, nargs="+", help="requests per second")
     parser.add_argument("--burstiness", type=float, default=1.0, help="1: Poisson; less: bursts")
     parser.add_argument("--num-requests", type=int, default=64, help="in a round, and at a rate")
@@ -319,16 +331,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     results = measuring.Results(args.out, head)
     if args.url:
-        wait_until_compiled(args.url)
+        wait_until_compiled(args.url, key=args.key)
         return run(Bench(args.url.rstrip("/"), args, bare=None), results)
-    with ServerProcess(args.overrides, config=args.config) as server:
+    overrides = [*room(args.num_requests), *args.overrides]
+    with ServerProcess(overrides, config=args.config) as server:
         server.wait_until_ready()
-        wait_until_compiled(
-            server.url, quiet_s=3.0
-        )  # roughly: two that compile take longer than one
+        # Roughly: two that compile take longer than one.
+        wait_until_compiled(server.url, key=args.key, quiet_s=3.0)
         bare = Bare(args.config, args.overrides, max_tokens=args.max_tokens)
         # Exactly: the pause may have been one between two large programs.
-        wait_until_compiled(server.url, programs=bare.model.engine.compiled_programs)
+        programs = bare.model.engine.compiled_programs
+        wait_until_compiled(server.url, key=args.key, programs=programs)
         run(Bench(server.url, args, bare=bare), results)
         code = server.stop()
     if code:

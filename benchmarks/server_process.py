@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "serve" / "smol.yaml"
 SERVE = (sys.executable, str(ROOT / "serve.py"))
+KEYS_VARIABLE = "MINIGPT4_API_KEYS"
+"""As in `minigpt4_jax/serve_config.py`."""
 READY_S = 600.0
 """Longest wait for `/ready`: an empty compile cache on two busy cores."""
 STOP_S = 120.0
@@ -32,6 +34,8 @@ _SAMPLE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$"
 
 class ServerProcess:
     """`serve.py` on a free port of this machine. A context manager: what still runs at its end is killed.
+
+    It is on the loopback, and the keys of our own environment are not given to it: whoever starts it may ask it.
 
     Args:
         config: of the server; None takes the smol model's.
@@ -48,13 +52,14 @@ class ServerProcess:
     ) -> None:
         command = [*(launcher or SERVE), "--config", str((config or CONFIG).absolute())]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", prefix="serve-")  # noqa: SIM115  # closed in __exit__
+        inherited = {name: value for name, value in os.environ.items() if name != KEYS_VARIABLE}
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [*command, *overrides, "port=0"],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**inherited, "PYTHONPATH": paths},
         )
         self.url = ""
         """Such as `http://127.0.0.1:43210`; known after `wait_until_ready`."""
@@ -110,16 +115,23 @@ def status(url: str) -> int:
         return 0
 
 
-def read_json(url: str) -> Any:
-    """The body of a GET."""
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return json.loads(response.read())
+def _get(url: str, key: str) -> bytes:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with urllib.request.urlopen(
+        urllib.request.Request(url, headers=headers), timeout=30
+    ) as response:
+        body: bytes = response.read()
+        return body
 
 
-def read_metrics(url: str) -> dict[str, float]:
+def read_json(url: str, *, key: str = "") -> Any:
+    """The body of a GET, with an API key where the server wants one."""
+    return json.loads(_get(url, key))
+
+
+def read_metrics(url: str, *, key: str = "") -> dict[str, float]:
     """What `/metrics` says: name, without our prefix, to the sum over its labels (model, engine and others)."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        text = response.read().decode()
+    text = _get(f"{url}/metrics", key).decode()
     found: dict[str, float] = {}
     for line in text.splitlines():
         sample = _SAMPLE.match(line)
@@ -140,13 +152,18 @@ def wait_until(reached: Callable[[], bool], *, limit_s: float) -> bool:
 
 
 def wait_until_compiled(
-    url: str, *, programs: int | None = None, quiet_s: float = 10.0, limit_s: float = 900.0
+    url: str,
+    *,
+    key: str = "",
+    programs: int | None = None,
+    quiet_s: float = 10.0,
+    limit_s: float = 900.0,
 ) -> None:
     """Returns when nothing is compiled in the background any more: after `programs`, or where their number is not
     known after `quiet_s` without another one. Ends the program after `limit_s`."""
     end, last, since = time.monotonic() + limit_s, -1.0, time.monotonic()
     while time.monotonic() < end:
-        now = read_metrics(url).get("compile_events_total", 0.0)
+        now = read_metrics(url, key=key).get("compile_events_total", 0.0)
         if now != last:
             last, since = now, time.monotonic()
         if now >= programs if programs is not None else time.monotonic() > since + quiet_s:

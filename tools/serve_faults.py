@@ -328,6 +328,7 @@ def sigterm(args: argparse.Namespace) -> Row:
         code = server.process.wait(timeout=120)
     require(running and refused, "running, then refused", (running, refused))
     require(code == 0, "the exit code", code)
+    require(len(found) == len(bodies), "streams that came to an end, expected 8", len(found))
     require(all(v.whole for v in found), "streams under way", [v for v in found if not v.whole][:3])
     require(late[0].status in (0, 503), "a request behind the signal", late[0])
     return {

@@ -31,6 +31,8 @@ checks.positive_data_acceptance.expected-statuses = [200, 400]
 include-path = "/tokenize"
 checks.positive_data_acceptance.expected-statuses = [200, 400]
 """
+REQUEST_TIMEOUT_S = 120
+"""A request with beams compiles its programs before it is answered; schemathesis itself gives up after 10 s."""
 PHASES = "examples,coverage,fuzzing,stateful"
 
 
@@ -58,6 +60,7 @@ def fuzz(url: str, *, key: str = "", max_examples: int, seed: int, phases: str =
         command += [f"{url}/openapi.json", "--checks", "all", "--mode", "all", "--phases", phases]
         command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
         command += ["--continue-on-failure", "--generation-database", "none", "--no-shrink"]
+        command += ["--request-timeout", str(REQUEST_TIMEOUT_S)]
         command += ["--report", "json", "--report-json-path", str(report)]
         command += ["--header", f"Authorization: Bearer {key}"] if key else []
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import http.client
 import itertools
 import json
 import random
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +48,19 @@ MAX_SLOPE = 1.0
 """MB per minute behind the warm-up."""
 MAX_TOKENS = 32
 IDLE_S = 60.0
+END_S = 60.0
+"""How long a server that answers no more may take to end."""
 
 
 def look(server: Any, began_s: float) -> dict[str, Any]:
-    """What the process holds at this moment; memory in MB."""
+    """What the process holds at this moment; memory in MB. Raises `OSError` or `HTTPException` where it has ended."""
+    metrics = server_process.read_metrics(server.url)
     folder = Path("/proc") / str(server.process.pid)
     state = dict(
         line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line
     )
-    metrics = server_process.read_metrics(server.url)
+    if "VmRSS" not in state:
+        raise ProcessLookupError(f"the process {server.process.pid} holds no memory any more")
     return {
         "at_s": round(time.monotonic() - began_s, 1),
         "rss_mb": round(int(state["VmRSS"].split()[0]) / 1024, 1),
@@ -65,15 +72,15 @@ def look(server: Any, began_s: float) -> dict[str, Any]:
     }
 
 
-async def load(url: str, *, until_s: float, seed: int) -> list[Visit]:
-    """Visits until the time is over; those under way are finished."""
+async def load(url: str, *, go_on: Callable[[], bool], seed: int) -> list[Visit]:
+    """Visits as long as `go_on` says so; those under way are finished."""
     rng = random.Random(seed)
     questions = serve_load.make_questions(QUESTIONS, pictures=0.5, seed=seed)
     found: list[Visit] = []
     numbers = itertools.count()
 
     async def worker() -> None:
-        while time.monotonic() < until_s:
+        while go_on():
             question = questions[next(numbers) % QUESTIONS]
             stream = rng.random() < 0.5
             leave: Leave = rng.choice(LEAVES) if rng.random() < LEAVING else "never"
@@ -94,26 +101,35 @@ def slope_mb_per_minute(samples: list[dict[str, Any]]) -> float:
 
 
 def soak(server: Any, *, minutes: float, seed: int) -> dict[str, Any]:
-    """Loads, looks, waits until all have left, and says what is left."""
-    began_s = time.monotonic()
-    visits: list[Visit] = []
+    """Loads, looks, waits until all have left, and says what is left; or what went `wrong` where the server ends."""
+    began_s, over = time.monotonic(), threading.Event()
     until_s = began_s + 60 * minutes
+    visits: list[Visit] = []
+
+    def go_on() -> bool:
+        return not over.is_set() and time.monotonic() < until_s
+
     loading = threading.Thread(
-        target=lambda: visits.extend(asyncio.run(load(server.url, until_s=until_s, seed=seed)))
+        target=lambda: visits.extend(asyncio.run(load(server.url, go_on=go_on, seed=seed)))
     )
     loading.start()
     samples = []
-    while loading.is_alive() and server.alive:
-        samples.append(look(server, began_s))
-        print(json.dumps(samples[-1]), flush=True)
-        loading.join(LOOK_S)
-    loading.join()
-    if not server.alive:
-        return {"wrong": f"the server ended with code {server.process.returncode}"}
-    server_process.wait_until(
-        lambda: server_process.read_metrics(server.url)["slots_used"] == 0, limit_s=IDLE_S
-    )
-    metrics = server_process.read_metrics(server.url)
+    try:
+        while loading.is_alive():
+            samples.append(look(server, began_s))
+            print(json.dumps(samples[-1]), flush=True)
+            loading.join(LOOK_S)
+        server_process.wait_until(
+            lambda: server_process.read_metrics(server.url)["slots_used"] == 0, limit_s=IDLE_S
+        )
+        metrics, last = server_process.read_metrics(server.url), look(server, began_s)
+    except (OSError, http.client.HTTPException) as error:
+        return {"wrong": _why(server, error), "samples": samples}
+    finally:
+        over.set()
+        loading.join()
+    if not visits:
+        return {"wrong": "no request was sent; the load failed, see above", "samples": samples}
     stayed = [visit for visit in visits if visit.leave == "never"]
     answered = [visit for visit in stayed if visit.whole and not visit.error]
     errors = collections.Counter(v.error or str(v.status) for v in stayed if v not in answered)
@@ -131,9 +147,17 @@ def soak(server: Any, *, minutes: float, seed: int) -> dict[str, Any]:
         "after_warm_up": next(
             sample for sample in samples if sample["at_s"] >= WARM_UP * samples[-1]["at_s"]
         ),
-        "last": look(server, began_s),
+        "last": last,
         "samples": samples,
     }
+
+
+def _why(server: Any, error: Exception) -> str:
+    """Why the server did not answer."""
+    try:
+        return f"the server ended with code {server.process.wait(timeout=END_S)}"
+    except subprocess.TimeoutExpired:
+        return f"the server runs and does not answer: {error!r}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         server.wait_until_ready()
         server_process.wait_until_compiled(server.url)  # a compiler's memory is no leak
         found = soak(server, minutes=args.minutes, seed=args.seed)
-        if server.alive:
-            found["exit_code"] = server.stop()
+        found["exit_code"] = server.process.poll() if "wrong" in found else server.stop()
     if args.out:
         head = {"hardware": hardware, "minutes": args.minutes, "seed": args.seed}
         args.out.write_text(json.dumps({**head, **found}, indent=1) + "\n")

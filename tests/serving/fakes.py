@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from minigpt4_jax import GenerationConfig, MiniGPT4
 from minigpt4_jax.config import IMAGE_TOKEN_ID
@@ -29,6 +30,7 @@ from minigpt4_jax.generation.residents import Resident
 from minigpt4_jax.image_cache import ImageCache, ImageEncoder
 from minigpt4_jax.presets import PRESETS
 from minigpt4_jax.serve_config import FaultsConfig
+from minigpt4_jax.serving.errors import ApiError
 from minigpt4_jax.serving.jobs import (
     Done,
     Ended,
@@ -282,6 +284,24 @@ class Bench:
         job, heard = self.job(question, **settings)
         self.scheduler.submit(job)
         return job, heard
+
+    def submit_together(self, *questions: str, **settings: Any) -> list[Listener]:
+        """All of them wait before the scheduler's thread sees the first: its next turn finds them in this order."""
+        with self.scheduler._lock:
+            return [self.submit(question, **settings)[1] for question in questions]
+
+    def refusal(self, **settings: Any) -> ApiError:
+        """Of a job that is not taken."""
+        with pytest.raises(ApiError) as caught:
+            self.submit(**settings)
+        return caught.value
+
+    def all_free(self) -> bool:
+        """No slot is held, and the scheduler itself found nothing else."""
+        self.scheduler.turn()
+        engine = self.engine
+        free: bool = engine.free_slots == engine.num_slots
+        return free and not engine.busy and not self.scheduler.leaks
 
     def turns(self, number: int) -> None:
         for _ in range(number):

@@ -21,6 +21,8 @@ from minigpt4_jax.serving.server import Server, bind
 LIMIT_S = 120.0
 """How long a test waits for what should come at once: the machine may be busy."""
 CHAT = "/v1/chat/completions"
+LONG = {"max_tokens": 90, "stream": True}
+"""Fields of a stream that goes on: the tiny model never ends by itself."""
 
 
 @dataclass
@@ -131,3 +133,69 @@ def run_server(
                 server.stop()
             thread.join(LIMIT_S)
             assert not thread.is_alive()
+
+
+# --- what is under way ---
+
+
+class Held:
+    """The engine makes no step but those that are let through."""
+
+    def __init__(self, model: MiniGPT4) -> None:
+        self._engine, self._step = model.engine, model.engine.step
+        self._steps = threading.Semaphore(0)
+        self._open = False
+        self._engine.step = self._held  # type: ignore[method-assign]
+
+    def _held(self) -> Any:
+        if not self._open:
+            self._steps.acquire(timeout=LIMIT_S)
+        return self._step()
+
+    def let(self, count: int) -> None:
+        """So many steps more."""
+        self._steps.release(count)
+
+    def go_on(self) -> None:
+        """All steps."""
+        self._open = True
+        self._steps.release(1)
+        self._engine.step = self._step  # type: ignore[method-assign]
+
+
+def open_stream(running: Running, **fields: Any) -> socket.socket:
+    """Begins a request and does not read the answer."""
+    connection = running.connect()
+    body = json.dumps(chat_body(running.server, **fields)).encode()
+    connection.sendall(
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    return connection
+
+
+@contextmanager
+def held_stream(running: Running, model: MiniGPT4) -> Iterator[tuple[socket.socket, Held]]:
+    """A stream that has begun and cannot end before its engine is let go on."""
+    held = Held(model)
+    with open_stream(running, **LONG) as connection:
+        held.let(4)
+        read_until(connection, b"data: ")
+        yield connection, held
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while part := connection.recv(65536):
+        found += part
+    return found
+
+
+def read_until(connection: socket.socket, text: bytes) -> bytes:
+    found = b""
+    while text not in found:
+        part = connection.recv(65536)
+        assert part, found
+        found += part
+    return found

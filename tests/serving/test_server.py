@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +22,20 @@ from minigpt4_jax.serve_config import (
 )
 from minigpt4_jax.serving import chat_route
 from minigpt4_jax.serving.server import bind
-from tests.serving.running import CHAT, LIMIT_S, Running, chat_body, run_server, wait_until
-
-LONG = {"max_tokens": 90, "stream": True}
-"""The tiny model never ends by itself."""
+from tests.serving.fakes import FakeModel
+from tests.serving.running import (
+    CHAT,
+    LONG,
+    Held,
+    Running,
+    chat_body,
+    held_stream,
+    open_stream,
+    read_all,
+    read_until,
+    run_server,
+    wait_until,
+)
 
 
 def config(**fields: Any) -> ServeConfig:
@@ -38,59 +48,6 @@ def config(**fields: Any) -> ServeConfig:
 def model(make_model: Callable[..., MiniGPT4]) -> MiniGPT4:
     """With one slot; a server has it for itself until it ends."""
     return make_model(num_slots=1)
-
-
-class Held:
-    """The engine makes no step but those that are let through."""
-
-    def __init__(self, model: MiniGPT4) -> None:
-        self._engine, self._step = model.engine, model.engine.step
-        self._steps = threading.Semaphore(0)
-        self._open = False
-        self._engine.step = self._held  # type: ignore[method-assign]
-
-    def _held(self) -> Any:
-        if not self._open:
-            self._steps.acquire(timeout=LIMIT_S)
-        return self._step()
-
-    def let(self, count: int) -> None:
-        """So many steps more."""
-        self._steps.release(count)
-
-    def go_on(self) -> None:
-        """All steps."""
-        self._open = True
-        self._steps.release(1)
-        self._engine.step = self._step  # type: ignore[method-assign]
-
-
-def open_stream(running: Running, **fields: Any) -> socket.socket:
-    """Begins a request and does not read the answer."""
-    connection = running.connect()
-    body = json.dumps(chat_body(running.server, **fields)).encode()
-    connection.sendall(
-        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n".encode()
-        + body
-    )
-    return connection
-
-
-def read_all(connection: socket.socket) -> bytes:
-    found = b""
-    while part := connection.recv(65536):
-        found += part
-    return found
-
-
-def read_until(connection: socket.socket, text: bytes) -> bytes:
-    found = b""
-    while text not in found:
-        part = connection.recv(65536)
-        assert part, found
-        found += part
-    return found
 
 
 def events(body: bytes) -> list[Any]:
@@ -139,7 +96,7 @@ def test_metrics_count_what_was_answered_and_what_was_refused(tiny_server: Runni
     )
     assert tiny_server.chat()[0] == 200
     assert tiny_server.ask("GET", "/never/there")[0] == 404
-    assert value(lengths) == before[0] + 1
+    tiny_server.wait(lambda: value(lengths) > before[0])  # told behind the answer's last byte
     assert (
         value('minigpt4:http_responses_total{engine="0",model_name="tiny",route="other"')
         == before[1] + 1
@@ -229,6 +186,20 @@ def test_a_request_id_goes_through_to_the_answer(tiny_server: Running) -> None:
     assert answer["id"] == "chatcmpl-mine-1"
 
 
+def test_tokens_that_a_slot_still_held_are_told_as_cached() -> None:
+    model = FakeModel()
+    begun = model.fake._begun
+
+    def reuse(generation: Any) -> None:
+        generation.reused = 9
+        begun(generation)
+
+    model.fake._begun = reuse  # type: ignore[method-assign]
+    with run_server(model, config()) as running:
+        status, _, body = running.chat()
+    assert (status, body["usage"]["prompt_tokens_details"]["cached_tokens"]) == (200, 9)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_never_becomes_an_answer_is_an_http_error_streamed_or_not(
     tiny_server: Running, stream: bool
@@ -305,43 +276,46 @@ def test_who_waits_is_told_so_and_one_too_many_is_sent_away(
     limits = LimitsConfig(max_waiting=1)
     with run_server(model, config(limits=limits)) as running:
         held = Held(model)
-        with open_stream(running, **LONG) as first, open_stream(running, **LONG) as second:
+        with open_stream(running, **LONG) as first:
             read_until(first, b": queued ")
-            read_until(second, b": queued 1\n")
-            status, headers, body = running.chat()
-            assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
-            assert int(headers["retry-after"]) >= 1
-            held.go_on()
-            for connection in (first, second):
-                read_until(connection, b"data: [DONE]")
+            wait_until(lambda: running.server.scheduler.load().running == 1)
+            with open_stream(running, **LONG) as second:
+                read_until(second, b": queued 1\n")
+                status, headers, body = running.chat()
+                assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert int(headers["retry-after"]) >= 1
+                held.go_on()
+                for connection in (first, second):
+                    read_until(connection, b"data: [DONE]")
 
 
 def test_a_request_whose_time_is_over_is_a_408_and_in_a_stream_an_event(model: MiniGPT4) -> None:
-    limits = LimitsConfig(request_timeout_s=0.3)
-    with run_server(model, config(limits=limits)) as running:
-        step = model.engine.step
+    def late() -> float:
+        return time.monotonic() + LimitsConfig().request_timeout_s
 
-        def slow() -> Any:
-            threading.Event().wait(0.5)  # longer than a request has
-            return step()
-
-        model.engine.step = slow  # type: ignore[method-assign]
-        status, _, body = running.chat(max_tokens=90)
-        assert (status, body["error"]["code"]) == (408, "request_timeout")
-        status, _, raw = running.chat(**LONG)
-        assert status == 200
-        assert b"[DONE]" not in raw
-        assert events(raw)[-1]["error"]["code"] == "request_timeout"
-        model.engine.step = step  # type: ignore[method-assign]
+    with run_server(model, config()) as running:
+        scheduler = running.server.scheduler
+        for stream in (False, True):
+            held = Held(model)
+            with open_stream(running, max_tokens=90, stream=stream) as connection:
+                held.let(4)
+                wait_until(lambda: scheduler.load().busy_slots == 1)
+                began = read_until(connection, b"data: ") if stream else b""
+                scheduler._clock = late
+                held.go_on()
+                found = began + read_until(connection, b'"request_timeout"')
+                scheduler._clock = time.monotonic
+            status = b"HTTP/1.1 200 " if stream else b"HTTP/1.1 408 "
+            assert found.startswith(status)
+            assert b"[DONE]" not in found
+            wait_until(lambda: running.idle)
 
 
 # --- the end ---
 
 
 def test_stopping_lets_answers_finish_and_refuses_new_ones(model: MiniGPT4) -> None:
-    with run_server(model, config()) as running, open_stream(running, **LONG) as connection:
-        read_until(connection, b"data: ")
-        held = Held(model)
+    with run_server(model, config()) as running, held_stream(running, model) as (connection, held):
         running.stop()
         wait_until(lambda: running.server.scheduler.state == "draining")
         status, _, body = running.ask("GET", "/ready")
@@ -359,10 +333,8 @@ def test_what_is_not_answered_in_time_ends_with_an_error_event(model: MiniGPT4) 
     faults = FaultsConfig(drain_s=0.1)
     with (
         run_server(model, config(faults=faults)) as running,
-        open_stream(running, **LONG) as connection,
+        held_stream(running, model) as (connection, held),
     ):
-        read_until(connection, b"data: ")
-        held = Held(model)
         running.stop()
         body = read_until(connection, b"service_unavailable")
         assert b"[DONE]" not in body
@@ -371,9 +343,7 @@ def test_what_is_not_answered_in_time_ends_with_an_error_event(model: MiniGPT4) 
 
 
 def test_a_second_signal_ends_at_once(model: MiniGPT4) -> None:
-    with run_server(model, config()) as running, open_stream(running, **LONG) as connection:
-        read_until(connection, b"data: ")
-        held = Held(model)
+    with run_server(model, config()) as running, held_stream(running, model) as (_, held):
         running.stop()
         wait_until(lambda: running.server.scheduler.state == "draining")
         running.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,20 @@ def test_the_slope_is_of_what_comes_behind_the_warm_up() -> None:
         {"at_s": 10.0 * n, "rss_mb": 500 + min(n, 30) * 2 + max(n - 30, 0) / 12} for n in range(91)
     ]
     assert serve_soak.slope_mb_per_minute(samples) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_server_that_ends_under_load_is_told_and_nobody_asks_it_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve_soak, "QUESTIONS", 2)
+    with socket.socket() as nobody:  # bound and not listening: who connects is refused
+        nobody.bind(("127.0.0.1", 0))
+        process = SimpleNamespace(pid=0, wait=lambda timeout: 70)
+        server = SimpleNamespace(
+            url=f"http://127.0.0.1:{nobody.getsockname()[1]}", process=process, alive=True
+        )
+        found = serve_soak.soak(server, minutes=60.0, seed=0)
+    assert found == {"wrong": "the server ended with code 70", "samples": []}
 
 
 def test_a_failing_method_fails_in_its_share_of_the_calls() -> None:

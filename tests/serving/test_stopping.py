@@ -91,10 +91,11 @@ def test_closing_holds_up_no_second_signal(model: MiniGPT4) -> None:
     with run_server(model, config()) as running:
         scheduler = running.server.scheduler
         close, closes, ends = scheduler.close, threading.Event(), threading.Event()
+        in_time: list[bool] = []
 
         def hang() -> None:
             closes.set()
-            ends.wait(LIMIT_S)
+            in_time.append(ends.wait(LIMIT_S / 4))
 
         scheduler.close = hang  # type: ignore[method-assign]
         running.stop()
@@ -103,8 +104,10 @@ def test_closing_holds_up_no_second_signal(model: MiniGPT4) -> None:
         running.stop()
         wait_until(lambda: running.codes != [])
         ends.set()
+        wait_until(lambda: in_time != [])
         close()
     assert running.codes == [INTERRUPTED]
+    assert in_time == [True]  # the signal came through while it hung
 
 
 def test_a_stop_ends_before_it_is_killed() -> None:

@@ -9,7 +9,7 @@ Differs from the original's ranking (`multi_select`): likelihoods may be normali
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ def make_request(
     max_new_tokens: int,
     logprobs: bool = False,
     logit_bias: Sequence[tuple[int, float]] = (),
+    salt: Hashable = None,
 ) -> Request:
     """What the engine is asked for the answer to a conversation's last question.
 
@@ -65,6 +66,7 @@ def make_request(
         embeds: one embedding per picture of the conversation.
         max_new_tokens: at most as many as `conversation.room`.
         logit_bias: (token, what is added to its logit).
+        salt: whose prompts it may share: see `Request.salt`.
     """
     return Request(
         prompt=tuple(prompt),
@@ -85,6 +87,7 @@ def make_request(
         ),
         written=conversation.written_ids,
         logprobs=logprobs,
+        salt=salt,
     )
 
 
@@ -99,6 +102,16 @@ def search(
         requests, num_beams=generation.num_beams, length_penalty=generation.length_penalty
     )
     return [[hypothesis.ids for hypothesis in hypotheses] for hypotheses in found]
+
+
+def search_steps(
+    engine: Engine, request: Request, *, generation: GenerationConfig
+) -> Generator[None, None, list[list[int]]]:
+    """`search` for one request, a piece at a time: see `Engine.beam_steps`."""
+    (found,) = yield from engine.beam_steps(
+        [request], num_beams=generation.num_beams, length_penalty=generation.length_penalty
+    )
+    return [hypothesis.ids for hypothesis in found]
 
 
 def rank(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt4_jax.cli_options import set_up_jax
 from minigpt4_jax.config import UserError
 from minigpt4_jax.config_file import load, to_yaml
-from minigpt4_jax.exits import ENGINE_FAILED
+from minigpt4_jax.exits import end_process
 from minigpt4_jax.serve_config import ServeConfig
 
 if TYPE_CHECKING:
@@ -63,12 +62,8 @@ def _serve(args: argparse.Namespace) -> int:
     _set_up_log()
     with _compile_bar() as progress:
         code = serve(config, load_model=lambda: _load(config), say=_say, progress=progress)
-    if code == ENGINE_FAILED:
-        # A device that hangs would hang the end of the interpreter too, which waits for it.
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    # The engine, a compile or the decoding of a picture may still be under way, however it ended.
+    return end_process(code)
 
 
 def _load(config: ServeConfig) -> MiniGPT4:
@@ -88,7 +83,9 @@ def _load(config: ServeConfig) -> MiniGPT4:
 
 
 def _say(text: str) -> None:
-    print(f"minigpt4: {text}", file=sys.stderr, flush=True)
+    """On stderr, if anybody is there: a server goes on without (`minigpt4 serve 2>&1 | head`)."""
+    with contextlib.suppress(OSError):
+        print(f"minigpt4: {text}", file=sys.stderr, flush=True)
 
 
 def _set_up_log() -> None:

@@ -6,10 +6,13 @@ raises `UserError`), and not for mistakes in this project, which keep their trac
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from minigpt4_jax.config import UserError
 
@@ -38,6 +41,19 @@ class Stopped(KeyboardInterrupt):
 
 class PeerLost(UserError):
     """A process cannot go on without another one of its run."""
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process now, whatever its threads do; what was logged and printed is out.
+
+    For one that may leave a thread inside the device: the end of the interpreter would wait for it (pools) or pull
+    Python away from under it (daemons), which XLA answers with SIGABRT in place of the exit code.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def run_command(command: Callable[[], int], *, say: Callable[[str], None]) -> int:

@@ -125,3 +125,32 @@ def test_ctrl_c_in_a_real_process_is_one_word_and_130() -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b"\nStopped.\n"
     assert process.returncode == INTERRUPTED
+
+
+BUSY = """
+import logging, sys, threading
+import jax, jax.numpy as jnp
+from minigpt4_jax.exits import end_process
+logging.basicConfig()
+begun, go_on = threading.Event(), jax.jit(lambda x: x @ x / 700)
+def work():
+    x = jnp.ones((700, 700))
+    while True:
+        x = go_on(x).block_until_ready()
+        begun.set()
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+print("printed, in a buffer")
+logging.warning("logged")
+end_process(130)
+"""
+
+
+def test_a_process_that_ends_with_a_thread_in_the_device_keeps_its_code_and_its_words() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY], cwd=ROOT, env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert done.stdout == b"printed, in a buffer\n"
+    assert done.stderr.endswith(b"logged\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import tokenizers
 
 from minigpt4_jax.config import UserError
+
+logger = logging.getLogger(__name__)
 
 _REPLACEMENT = "\ufffd"
 _SPACE = "\u2581"  # how sentencepiece writes a space
@@ -204,16 +207,28 @@ def _decode_utf8(data: bytes) -> str:
 class StreamDecoder:
     """Turns generated ids into text as they come, never giving out half a UTF-8 character.
 
-    The pieces joined, with `flush()` at the end, are `tokenizer.decode(all ids)`.
+    The pieces joined, with `flush()` at the end, are `tokenizer.decode(all ids)`. An id behind the vocabulary has no
+    text, which is logged once: embeddings are often padded above it, and such a row may be drawn.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._given = 0  # characters of decode(self._ids) that were handed out
+        self._strange = False
 
     def feed(self, token_id: int) -> str:
         """Takes the next id and returns the text that is now certain: often a word, sometimes ''."""
+        if token_id >= self._tokenizer.vocab_size:
+            if not self._strange:
+                logger.warning(
+                    "The model wrote token %d, which its tokenizer of %d tokens has no text for; the answer is without "
+                    "it, as without others of this kind.",
+                    token_id,
+                    self._tokenizer.vocab_size,
+                )
+            self._strange = True
+            return ""
         self._ids.append(int(token_id))
         text = self._tokenizer.decode(self._ids)
         certain = text.rstrip(_REPLACEMENT)

@@ -1,8 +1,12 @@
-"""The loop around `beam.py`: prompts in, the best answers out. A search has a cache of its own, beside the slots."""
+"""The loop around `beam.py`: prompts in, the best answers out. A search has a cache of its own, beside the slots.
+
+A search is a generator, so that whoever drives it decides what is done between two steps, and whether it goes on.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -26,6 +30,11 @@ class Hypothesis(NamedTuple):
     """Sum of the log-probabilities over `(1 + ids without the stop token) ** length_penalty`; higher is better."""
 
 
+BeamSteps = Generator[None, None, list[list[Hypothesis]]]
+"""A search under way: yields between two pieces of its work, and returns the answers to each prompt, best first.
+Closing it gives its memory on the device back."""
+
+
 class BeamSearch:
     """The compiled functions of a search. Other prompts, stop tokens and penalties compile nothing; another number of
     beams or of places does."""
@@ -35,7 +44,7 @@ class BeamSearch:
         self._step = jax.jit(functools.partial(beam_step, model=model), donate_argnums=1)
         self._rank = jax.jit(rank)
 
-    def search(
+    def steps(
         self,
         params: Params,
         prefix: Prefix,
@@ -46,18 +55,21 @@ class BeamSearch:
         num_beams: int,
         places: int,
         max_new_tokens: int,
-    ) -> list[list[Hypothesis]]:
+    ) -> BeamSteps:
         """The `num_beams` best answers to each prompt of `prefix`, best first; fewer where there are not as many.
 
-        Every step waits for the device once, so that Ctrl-C ends a search between two steps.
+        Every step waits for the one before it, so that Ctrl-C ends a search between two steps. Yields where a step was
+        dispatched: the device works on it while somebody else has the host.
         """
         state: BeamState = self._start(
             prefix.logits, prefix.caches, lengths, seen, rules, num_beams=num_beams, places=places
         )
+        yield
         for _ in range(max_new_tokens - 1):
             if np.asarray(state.done).all():
                 break
             state = self._step(params, state, rules)
+            yield
         found = self._rank(state, rules)
         rows = jax.device_get((found.token_ids, found.lengths, found.scores))
         return [_hypotheses(*row) for row in zip(*rows, strict=True)]

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from minigpt4_jax.config import ModelConfig, UserError
 from minigpt4_jax.generation.ahead import Job, core_jobs, other_jobs
 from minigpt4_jax.generation.beam import BeamRules
-from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, Hypothesis
+from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, BeamSteps, Hypothesis
 from minigpt4_jax.generation.loop import Loop
 from minigpt4_jax.generation.requests import Generation, Request
 from minigpt4_jax.generation.residents import Resident
@@ -181,10 +181,29 @@ class Engine(Loop):
 
         The requests have the same settings; of the sampling only the repetition penalty counts. Fewer answers where
         there are not as many (a vocabulary smaller than `num_beams`). A row's answers do not depend on the other rows.
-        Beams have caches of their own beside the slots, and the slots wait while a search runs.
+        Beams have caches of their own beside the slots, which wait here while a search runs: see `beam_steps`.
 
         Raises:
             ValueError: prompt and answer exceed the context, or the requests differ in more than their prompts.
+        """
+        steps = self.beam_steps(requests, num_beams=num_beams, length_penalty=length_penalty)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found: list[list[Hypothesis]] = end.value
+                return found
+
+    def beam_steps(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_beams: int,
+        length_penalty: float = 1.0,
+    ) -> BeamSteps:
+        """`beam_search` a piece at a time. Between two of them `step` may be called; closing it gives the search up.
+
+        Raises as `beam_search`, but at the first piece.
         """
         first = requests[0]
         for request in requests:
@@ -196,28 +215,34 @@ class Engine(Loop):
                 )
         if self.ready and len(requests) > 1:  # only single prompts are sure to be compiled
             settings: Any = {"num_beams": num_beams, "length_penalty": length_penalty}
-            return [self.beam_search([request], **settings)[0] for request in requests]
+            found: list[list[Hypothesis]] = []
+            for request in requests:
+                found += yield from self.beam_steps([request], **settings)
+            return found
         lengths = np.asarray([len(request.prompt) for request in requests], np.int32)
         longest, vocab = int(lengths.max()), self.config.llama.vocab_size
         sizes = self._runner.prompt_sizes
         batch, size = self._runner.programs.choose("prefill", (len(requests), sizes.fit(longest)))
         prefix = self._runner.read(requests, (batch, size))
         self.counters.prefills += 1
+        yield
         rules = BeamRules(
             stops=_mark(first.stop_tokens, vocab),
             length_penalty=np.float32(length_penalty),
             repetition_penalty=np.float32(first.sampling.repetition_penalty),
             length_before=np.int32(LENGTH_BEFORE),
         )
-        return self._beams.search(
-            self._runner.params,
-            prefix,
-            lengths,
-            np.tile(_mark(first.written, vocab), (len(requests), 1)),
-            rules,
-            num_beams=num_beams,
-            places=self._runner.place_sizes.fit(longest + first.max_new_tokens),
-            max_new_tokens=first.max_new_tokens,
+        return (
+            yield from self._beams.steps(
+                self._runner.params,
+                prefix,
+                lengths,
+                np.tile(_mark(first.written, vocab), (len(requests), 1)),
+                rules,
+                num_beams=num_beams,
+                places=self._runner.place_sizes.fit(longest + first.max_new_tokens),
+                max_new_tokens=first.max_new_tokens,
+            )
         )
 
     def score(self, questions: Sequence[Candidates]) -> list[list[AnswerScore]]:

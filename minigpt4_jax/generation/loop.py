@@ -73,6 +73,7 @@ class Loop:
         self._slots: list[Generation | None] = [None] * num_slots
         self._residents = [Resident() for _ in range(num_slots)]
         self._state = self._runner.make_state()
+        self._probing = False
 
     def submit(self, request: Request, *, count: int = 1) -> list[Generation]:
         """Queues a request; `count` answers to it are written side by side and its prompt is read once.
@@ -147,6 +148,12 @@ class Loop:
             self._abandon("cancelled", None)
             raise
         return list(changed.values())
+
+    def probe(self) -> None:
+        """Has the next `step` use the device also where no request wants a token, and wait for it: what failed beside
+        the slots (a picture, a search) says nothing about them. A device that fails here too is a fault of that step.
+        """
+        self._probing = True
 
     # --- letting requests in ---
 
@@ -241,8 +248,15 @@ class Loop:
 
     def _dispatch(self) -> bool:
         """Dispatches the next step, if any request wants another token."""
+        probing, self._probing = self._probing, False
         running = [g for g in self._slots if g and g.asked < g.request.max_new_tokens]
         if not running:
+            if probing:
+                nobody = np.zeros(self.num_slots, bool)
+                self._state, chosen = self._runner.decode(
+                    self._state, nobody, last_slot=0, length=1, plain=True
+                )
+                jax.block_until_ready(chosen)
             return False
         self._compact(running)
         alive = np.zeros(self.num_slots, bool)
@@ -322,8 +336,11 @@ class Loop:
             # Before its first token was read nobody knows whether the prompt gave numbers or NaN.
             known = generation.ids and reason != "error"
             images = tuple(generation.request.image_embeds)
-            held = Resident(generation.history(), images) if known else Resident()
-            self._residents[generation.slot] = held
+            self._residents[generation.slot] = (
+                Resident(generation.history(), images, generation.request.salt)
+                if known
+                else Resident()
+            )
             self._slots[generation.slot] = None
             generation.slot = -1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -37,6 +37,10 @@ class Request:
     """Ids that the repetition penalty counts as written before the answer. Never the prompt's."""
     logprobs: bool = False
     """Also give the log-probability of every token and of the likeliest ones in its place."""
+    salt: Hashable = None
+    """Only what a request with an equal salt left in a slot is continued. Strangers who share an engine get different
+    ones: how much of a prompt need not be read (`Generation.reused`, and the time it takes) would tell one of them what
+    another has asked. vLLM calls it `cache_salt`."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):

@@ -5,6 +5,7 @@ Host side only: ids and the identity of image embeddings are compared, never the
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +25,15 @@ class Resident:
 
     ids: Int[np.ndarray, " S"] = field(default_factory=lambda: np.zeros(0, np.int32))
     image_embeds: tuple[Any, ...] = ()
+    salt: Hashable = None
+    """Of the request that left it."""
 
 
 def common_start(request: Request, resident: Resident) -> int:
-    """How many tokens a prompt and a slot have in common from the first on: pictures whole or not at all."""
+    """How many tokens a prompt and a slot have in common from the first on: pictures whole or not at all. None with
+    another salt."""
+    if request.salt != resident.salt:
+        return 0
     ids = np.asarray(request.prompt, np.int32)
     most = min(len(ids) - 1, len(resident.ids))  # the last token must be read for its logits
     differ = np.flatnonzero(ids[:most] != resident.ids[:most])

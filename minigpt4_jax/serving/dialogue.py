@@ -21,7 +21,7 @@ Nothing is cut to fit: a prompt and its answer that are more than the context ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from minigpt4_jax.api import MiniGPT4
@@ -74,12 +74,14 @@ def make_job(
     id: str,
     deadline_s: float,
     emit: Callable[[Event], None],
+    salt: Hashable = None,
 ) -> Job:
     """A job for the scheduler. Tokenises: not for the event loop.
 
     Args:
         pictures: one for each of `picture_sources`, decoded by the model's `encoder.prepare`.
         deadline_s: on the clock of `time.monotonic`.
+        salt: whose request it is: `Job.salt`.
 
     Raises:
         ApiError: 400: prompt and answer do not fit the context, settings that contradict each other, a token that
@@ -109,6 +111,7 @@ def make_job(
         deadline_s=deadline_s,
         emit=emit,
         stream=request.streams,
+        salt=salt,
     )
 
 

@@ -6,7 +6,7 @@ For: the words that `scheduler.py` and the routes share. Not for: JSON (`protoco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -98,6 +98,8 @@ class Job:
     logit_bias: tuple[tuple[int, float], ...] = ()
     deadline_s: float
     """On the clock of `time.monotonic`; behind it the job fails with a timeout, waiting or running."""
+    salt: Hashable = None
+    """Whose job it is, where callers must not learn from each other's prompts: `Request.salt`."""
     emit: Callable[[Event], None]
     """Called on the engine's thread; must neither block nor raise."""
     arrived_s: float = field(default_factory=time.monotonic)

@@ -47,19 +47,20 @@ class Register:
         self._max_waiting, self._observer, self._clock = max_waiting, observer, clock
         self._recent: deque[float] = deque(maxlen=RECENT_JOBS)
 
-    def add(self, job: Job, *, free: int, running: int) -> None:
+    def add(self, job: Job, *, free: int, searching: bool, running: int) -> None:
         """Puts a job behind those that wait; `lock` is held.
 
         Args:
             free: slots that nobody has, and that those who wait will be given.
+            searching: whether a job of beams is under way; there is one at a time.
             running: jobs that have slots.
 
         Raises:
-            ApiError: 429: `max_waiting` jobs would wait beside it for slots that somebody else has.
+            ApiError: 429: `max_waiting` jobs would wait beside it for what somebody else has.
         """
         if job in self.tasks:
             raise ValueError(f"The job {job.id} was submitted already; expected a new one.")
-        if self._left_waiting(free) >= self._max_waiting:
+        if self._left_waiting(free, searching=searching) >= self._max_waiting:
             raise overloaded(
                 f"{self._max_waiting} requests wait already, as many as may; try again later.",
                 retry_after_s=self._retry_after_s(running),
@@ -68,14 +69,22 @@ class Register:
         self.waiting.append(task)
         self.lock.notify_all()
 
-    def _left_waiting(self, free: int) -> int:
-        """Jobs that would still wait after all free slots were given away."""
-        left = 0
+    def _left_waiting(self, free: int, *, searching: bool) -> int:
+        """Jobs that would still wait after all that is free was given away."""
+        return len(self.waiting) - len(self._next(free, searching=searching))
+
+    def _next(self, free: int, *, searching: bool) -> list[Task]:
+        """The next jobs in their order. Beams take no slots: who wants one does not wait for who wants the other."""
+        found: list[Task] = []
         for task in self.waiting:
-            if left or task.searches or free <= 0:
-                left += 1
-            free -= task.slots
-        return left
+            if task.searches:
+                if not searching:
+                    found.append(task)
+                searching = True
+            elif free > 0:
+                found.append(task)
+                free -= task.slots
+        return found
 
     def _retry_after_s(self, running: int) -> int:
         """When a place is likely to be free, in seconds: one is whenever one of the jobs side by side ends."""
@@ -84,19 +93,12 @@ class Register:
         mean_s = sum(self._recent) / len(self._recent)
         return max(1, math.ceil(mean_s / max(1, running)))
 
-    def take(self, free: int) -> list[Task]:
-        """The next jobs in their order: all that slots are free for, or one that beams answer. `lock` is held."""
-        taken: list[Task] = []
-        while self.waiting:
-            head = self.waiting[0]
-            if head.searches:
-                if not taken:
-                    taken.append(self.waiting.popleft())
-                break
-            if free <= 0:
-                break
-            taken.append(self.waiting.popleft())
-            free -= head.slots
+    def take(self, free: int, *, searching: bool) -> list[Task]:
+        """The next jobs in their order: all that slots are free for, and one that beams answer unless one of these is
+        under way. `lock` is held."""
+        taken = self._next(free, searching=searching)
+        for task in taken:
+            self.waiting.remove(task)
         return taken
 
     def tell(self, task: Task, event: Event) -> None:

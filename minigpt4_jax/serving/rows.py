@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Literal
 
 from minigpt4_jax.conversation import AnswerStream
@@ -139,6 +139,8 @@ class Task:
         """How it ended; None until then."""
         self.handles: list[Generation] = []
         """Its answers in the engine; empty before it is there, and with beams."""
+        self.search: Generator[None, None, list[list[int]]] | None = None
+        """With beams: what is left of its search, until the job is out of the engine."""
         self.rows: list[Row] = []
         self.started = False
         self.cached_tokens = 0

@@ -27,8 +27,10 @@ from minigpt4_jax.serving.watchdog import Clock, FaultWindow, Watchdog
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "draining", "broken", "stopped"]
-JOIN_S = 30.0
-"""How long `close` waits for a thread. Only one that hangs in the device, or compiles a large program, takes longer."""
+JOIN_S = 8.0
+"""How long `close` waits for its threads, in all. Only one that hangs in the device, or compiles a large program, takes
+longer. With the time to drain (`faults.drain_s`, 30 s) and uvicorn's last words it stays under the 60 s that
+deploy/serve/kubernetes.yaml gives before SIGKILL."""
 
 
 class Scheduler:
@@ -61,7 +63,13 @@ class Scheduler:
         self._window = FaultWindow(
             max_faults=faults.max_faults, window_s=faults.faults_window_s, clock=clock
         )
-        self._watchdog = Watchdog(self._stalled, stall_s=faults.stall_s, clock=clock)
+        self._watchdog = Watchdog(
+            self._stalled,
+            alive=lambda: self._thread.is_alive(),
+            on_gone=lambda: self._break("the engine's thread is gone"),
+            stall_s=faults.stall_s,
+            clock=clock,
+        )
         self._jobs = Register(max_waiting=max_waiting, observer=self._observer, clock=clock)
         self._lock = self._jobs.lock
         self._slots = Slots(
@@ -102,7 +110,12 @@ class Scheduler:
         """
         with self._lock:
             self._refuse_unless_ready()
-            self._jobs.add(job, free=self._slots.free, running=len(self._slots.tasks))
+            self._jobs.add(
+                job,
+                free=self._slots.free,
+                searching=self._slots.searching,
+                running=len(self._slots.tasks),
+            )
 
     def cancel(self, job: Job) -> None:
         """Ends a job wherever it is; nothing is emitted any more, and its slots are free within one step. Does nothing
@@ -145,16 +158,17 @@ class Scheduler:
         return intact and not left
 
     def close(self) -> None:
-        """Fails what is left with 503 and ends the threads. The engine is free then, unless it hangs."""
+        """Fails what is left with 503 and ends the threads, within `JOIN_S`. Unless it hangs the engine is free."""
         with self._lock:
             self._state = "stopped"
             left = list(self._jobs.tasks.values())
             self._lock.notify_all()
         self._fail_all(left)
         self._watchdog.stop()
+        until_s = time.monotonic() + JOIN_S
         for thread in (self._thread, self._compiler):
             if thread.is_alive() and thread is not threading.current_thread():
-                thread.join(JOIN_S)
+                thread.join(max(0.0, until_s - time.monotonic()))
                 if thread.is_alive():
                     logger.error("The thread %s does not end; it is left behind.", thread.name)
         if not self._thread.is_alive():
@@ -216,8 +230,9 @@ class Scheduler:
             self._watchdog.start()
             while self._await_work():
                 self.turn()
-        # Nothing is expected here: the engine ends its own faults. What comes through leaves it unknown.
-        except Exception as error:
+        # Nothing is expected here: the engine ends its own faults. What comes through leaves it unknown, and ends the
+        # thread whatever it is: SystemExit too, in silence.
+        except BaseException as error:
             logger.exception("The engine's thread failed")
             self._break(f"the engine's thread failed ({type(error).__name__})")
 
@@ -270,12 +285,12 @@ class Scheduler:
         self._expire()
         self._sweep()
         with self._lock:
-            taken = self._jobs.take(self._slots.free)
+            taken = self._jobs.take(self._slots.free, searching=self._slots.searching)
             self._slots.reserve(taken)
         if taken:
             self._slots.begin(taken)
             self._sweep()
-        if self._slots.busy:
+        if self._slots.busy and self._state not in ("broken", "stopped"):
             self._slots.step()
             self._sweep()
         self._slots.check()

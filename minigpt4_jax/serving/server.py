@@ -166,6 +166,7 @@ class Server:
         )
         self._uvicorn = _Uvicorn(self._uvicorn_config())
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._at_once = asyncio.Event()
         self._stopping = False
         self._code = 0
 
@@ -220,8 +221,21 @@ class Server:
         finally:
             announcing.cancel()
             if self._code == 0:  # else its thread may hang, or somebody asked to end at once
-                self.scheduler.close()
+                await self._close()
         return self._code
+
+    async def _close(self) -> None:
+        """Closes the scheduler in a thread of its own; a second signal waits for it no longer."""
+        assert self._loop is not None
+        loop, closed = self._loop, self._at_once
+
+        def close() -> None:
+            self.scheduler.close()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waited
+                loop.call_soon_threadsafe(closed.set)
+
+        threading.Thread(target=close, name="close", daemon=True).start()
+        await closed.wait()
 
     async def _announce(self) -> None:
         while self.scheduler.state == "starting":
@@ -232,18 +246,20 @@ class Server:
             self._say(f"Ready in {took_s:.1f} s: {self.address}/v1{page}")
 
     def _stop(self) -> None:
+        # Acts before it speaks, which may fail or wait: nobody reads it any more.
         if self._stopping:
-            self._say("Stopping at once.")
             self._code = self._code or INTERRUPTED
             self._uvicorn.should_exit = self._uvicorn.force_exit = True
+            self._at_once.set()
+            self._say("Stopping at once.")
             return
         self._stopping = True
+        # Not a thread of the loop's executor: that one would be waited for by a second signal too.
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
         self._say(
             f"Stopping: what is being answered may take {self.config.faults.drain_s:g} s more. A second signal ends "
             "it at once."
         )
-        # Not a thread of the loop's executor: that one would be waited for by a second signal too.
-        threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
     def _drain(self) -> None:
         if not self.scheduler.drain(self.config.faults.drain_s):

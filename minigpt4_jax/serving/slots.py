@@ -2,6 +2,10 @@
 
 For: encoding, submitting, stepping, searching and reading, all on the one thread that owns the model, and for what
 happens to a job when one of them fails. Not for: who waits and who may come (`scheduler.py`).
+
+Pictures and beams have memory of their own beside the slots, which may run out for one request alone. Where encoding or
+a search fails, only that job does; the slots go a step then, also if nobody is in them (`Engine.probe`), and only if
+this fails too is it a fault of the engine.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from minigpt4_jax.api import MiniGPT4
-from minigpt4_jax.asking import make_request, pick_seed, search
+from minigpt4_jax.asking import make_request, pick_seed, search_steps
 from minigpt4_jax.generation.requests import Generation, Request
 from minigpt4_jax.serving.errors import internal
 from minigpt4_jax.serving.jobs import Done, Event, Failed, Observer, Outcome, Started
@@ -54,6 +58,12 @@ class Slots:
         self._tell, self._end, self._fault, self._moved = tell, end, fault, moved
         self._clock = clock
         self._not_finite = False
+        self._suspect = False  # something beside the slots failed, and no step came after it
+
+    @property
+    def searching(self) -> bool:
+        """Whether a job of beams is under way."""
+        return any(task.searches for task in self.tasks)
 
     @property
     def free(self) -> int:
@@ -68,7 +78,7 @@ class Slots:
         self.tasks = (*self.tasks, *tasks)
 
     def begin(self, tasks: Sequence[Task]) -> None:
-        """Encodes the pictures of reserved jobs together, and submits them; searches at once where beams answer."""
+        """Encodes the pictures of reserved jobs together, and submits them."""
         for task, embeds in self._encode(tasks):
             if task.over:
                 continue
@@ -84,7 +94,7 @@ class Slots:
             embeds = iter(self._encoder.embed(shown) if shown else ())
         # Whatever the device raises; the slots are not touched by it.
         except Exception as error:
-            self._fault()
+            self._suspect = True
             yield from self._encode_singly(tasks, error)
             return
         self._moved()
@@ -99,6 +109,8 @@ class Slots:
             names = ", ".join(task.job.id for task in tasks)
             logger.warning("Encoding the pictures of %s together failed", names, exc_info=error)
         for task in tasks:
+            if task.over:  # cancelled, or the engine was given up meanwhile
+                continue
             if len(tasks) == 1:
                 self._fail(task, error)
                 return
@@ -113,23 +125,34 @@ class Slots:
 
     def _submit(self, task: Task, request: Request) -> None:
         if task.searches:
-            self._search(task, request)
+            task.search = search_steps(self._engine, request, generation=task.job.generation)
             return
         task.handles = self._engine.submit(request, count=task.job.n)
         for _ in task.handles:
             task.new_row()
 
-    def _search(self, task: Task, request: Request) -> None:
-        """The answers of beams. The slots wait meanwhile, and so do cancelling and deadlines."""
-        job = task.job
+    def _search(self, task: Task) -> None:
+        """A piece of a search, and its answers when it was the last."""
+        assert task.search is not None
         try:
-            (found,) = search(self._engine, [request], generation=job.generation)
-        # Whatever the device raises. Beams have caches of their own: the slots go on.
+            next(task.search)
+        except StopIteration as end:
+            self._moved()
+            try:
+                self._tell_found(task, end.value)
+            # A mistake in reading these answers is that job's alone.
+            except Exception as error:
+                self._fail(task, error)
+        # Whatever the device raises.
         except Exception as error:
-            self._fault()
+            self._suspect = True
             self._fail(task, error)
-            return
-        self._moved()
+        else:
+            self._moved()
+
+    def _tell_found(self, task: Task, found: Sequence[Sequence[int]]) -> None:
+        """The answers of beams, all at once."""
+        job = task.job
         if len(found) < job.n:
             raise RuntimeError(f"Beams found {len(found)} answers; expected {job.n}, as asked for.")
         now = self._clock()
@@ -146,11 +169,26 @@ class Slots:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do."""
-        return any(task.handles and not task.over for task in self.tasks)
+        return self._steps or any(task.search and not task.over for task in self.tasks)
+
+    @property
+    def _steps(self) -> bool:
+        return self._suspect or any(task.handles and not task.over for task in self.tasks)
 
     def step(self) -> None:
-        """One step of the engine, and what it gave to whom. Raises what the engine raises: it is lost then."""
+        """A piece of the search that is under way and one step of the engine, and what they gave to whom. Raises what
+        the engine raises: it is lost then."""
+        for task in self.tasks:
+            if task.search is not None and not task.over:
+                self._search(task)
+        if self._steps:
+            self._step()
+
+    def _step(self) -> None:
         faults = self._engine.counters.faults
+        if self._suspect:
+            self._suspect = False
+            self._engine.probe()
         self._engine.step()
         self._moved()
         now = self._clock()
@@ -220,6 +258,9 @@ class Slots:
 
     def release(self, task: Task) -> None:
         """Takes back what a job that is over still has in the engine."""
+        if task.search is not None:
+            task.search.close()
+            task.search = None
         for handle in task.handles:
             self._engine.cancel(handle)
         self.tasks = tuple(other for other in self.tasks if other is not task)
@@ -249,6 +290,7 @@ def _request(task: Task, embeds: Sequence[Any]) -> Request:
         max_new_tokens=job.max_new_tokens,
         logprobs=job.logprobs,
         logit_bias=job.logit_bias,
+        salt=job.salt,
     )
 
 

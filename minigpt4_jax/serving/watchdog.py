@@ -1,6 +1,6 @@
-"""When an engine is given up: it fails too often, or it has work and does not move.
+"""When an engine is given up: it fails too often, it has work and does not move, or its thread is gone.
 
-For: the two judgements, on a clock that tests may set. Not for: what follows from them (`scheduler.py`).
+For: these judgements, on a clock that tests may set. Not for: what follows from them (`scheduler.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ Clock = Callable[[], float]
 """Seconds, as `time.monotonic`."""
 LOOKS_PER_STALL = 20
 """How often the watchdog looks within the time that it allows: a stall is found at most a twentieth late."""
+LATE_LOOKS = 2
+"""A look that comes after so many times the time between two says that the whole process stood still (SIGSTOP, a paused
+container, a machine without time for it), and nobody in it could move."""
 
 
 class FaultWindow:
@@ -35,13 +38,29 @@ class Watchdog:
     """A thread that looks whether another one moves, and calls `on_stall(seconds)` once if it does not.
 
     The other one says `moved` whenever it has finished a piece of work: a step, the encoding of a batch of pictures,
-    the search of one job with its beams. Each of them, the compile that a search may begin with included, has
-    `stall_s`. It says `rest` when it has nothing to do.
+    a step of a search. Each of them, a compile that a search may begin with included, has `stall_s`, in which time
+    that passed between two looks far apart does not count. It says `rest` when it has nothing to do.
+
+    Args:
+        alive: whether the other thread is there; `on_gone()` is called once if it is not.
     """
 
-    def __init__(self, on_stall: Callable[[float], None], *, stall_s: float, clock: Clock) -> None:
-        self._on_stall, self._stall_s, self._clock = on_stall, stall_s, clock
+    def __init__(
+        self,
+        on_stall: Callable[[float], None],
+        *,
+        alive: Callable[[], bool],
+        on_gone: Callable[[], None],
+        stall_s: float,
+        clock: Clock,
+    ) -> None:
+        self._on_stall, self._alive, self._on_gone = on_stall, alive, on_gone
+        self._stall_s, self._clock = stall_s, clock
         self._since: float | None = None
+        # Of the watchdog's own thread: when it looked, what it saw, and how much of that time was no time.
+        self._looked_s = 0.0
+        self._seen: float | None = None
+        self._lost_s = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -61,6 +80,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to look."""
+        self._looked_s = self._clock()
         self._thread.start()
 
     def stop(self) -> None:
@@ -68,8 +88,26 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(self._stall_s / LOOKS_PER_STALL):
-            stalled_s = self.stalled_s
+        while not self._over.wait(self._period_s):
+            if not self._alive():
+                self._on_gone()
+                return
+            stalled_s = self.look()
             if stalled_s > self._stall_s:
                 self._on_stall(stalled_s)
                 return
+
+    @property
+    def _period_s(self) -> float:
+        return self._stall_s / LOOKS_PER_STALL
+
+    def look(self) -> float:
+        """What counts of `stalled_s`. For the thread, and for tests that are the thread."""
+        since = self._since  # before the seconds, which are 0 if it moves between the two
+        stalled_s, now_s = self.stalled_s, self._clock()
+        gap_s, self._looked_s = now_s - self._looked_s, now_s
+        if since != self._seen:
+            self._seen, self._lost_s = since, 0.0
+        if gap_s > LATE_LOOKS * self._period_s:
+            self._lost_s = min(stalled_s, self._lost_s + gap_s)
+        return stalled_s - self._lost_s

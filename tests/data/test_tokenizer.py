@@ -78,6 +78,19 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, token_id: 
         tokenizer.decode([token_id])
 
 
+def test_a_streamed_id_behind_the_vocabulary_has_no_text_and_is_said_once(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = tokenizer.stream_decoder()
+    first, second, third = tokenizer.encode("日")
+    ids = [*tokenizer.encode("a"), 262, first, 263, second, third]
+    assert [decoder.feed(token_id) for token_id in ids] == ["a", "", "", "", "", "日"]
+    assert decoder.flush() == ""
+    assert [record.args for record in caplog.records] == [(262, 262)]
+    with pytest.raises(ValueError, match="expected 0 to 261"):
+        decoder.feed(-1)  # a placeholder of a picture: nobody can have drawn it
+
+
 @pytest.mark.parametrize("text", [*TEXTS, "".join(TEXTS) * 8])
 def test_streamed_pieces_join_to_the_text_and_never_split_a_character(
     tokenizer: Tokenizer, text: str

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -411,6 +411,35 @@ def test_ctrl_c_inside_a_step_leaves_an_engine_that_answers(
         with pytest.raises(KeyboardInterrupt):
             find(engine, prompts)
     assert find(engine, prompts) == expected
+
+
+def test_answers_and_a_search_go_on_side_by_side_and_change_nothing_of_each_other(
+    engine: Engine, prompts: Any
+) -> None:
+    (expected,) = find(engine, prompts[:1])
+    request = make_request(prompts[1], steps=30, sampling=Sampling(temperature=1.5, seed=3))
+    alone = list(engine.stream(request))
+    (generation,) = engine.submit(request)
+    pieces, found = 0, []
+
+    def search() -> Iterator[None]:
+        request = make_request(prompts[0], steps=10, stop_tokens={3})
+        found.extend((yield from engine.beam_steps([request], num_beams=3)))
+
+    for _ in search():
+        pieces += 1
+        engine.step()
+    assert found == [expected]
+    # Its prompt, its first token, and each of the others.
+    assert pieces == 11
+    assert len(generation.ids) >= 10
+    while not generation.finished:
+        engine.step()
+    assert generation.ids == alone
+    given_up = engine.beam_steps([make_request(prompts[0], steps=12)], num_beams=3)
+    next(given_up)
+    given_up.close()
+    assert find(engine, prompts[:1]) == [expected]
 
 
 def test_placeholders_and_the_context_are_checked_as_for_other_answers(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -287,7 +288,62 @@ def test_the_last_token_of_a_prompt_is_always_read(engine: Engine) -> None:
     assert again.ids == first
 
 
+def test_what_somebody_with_another_salt_left_is_not_taken_up(engine: Engine) -> None:
+    prompt = (text(50, 8), None)
+    found = [
+        engine.generate([make_request(prompt, sampling=drawn(1), salt=salt)])[0]
+        for salt in ("mine", "mine", "another's", "another's", None)
+    ]
+    assert [one.reused for one in found] == [0, 49, 0, 49, 0]
+    assert len({tuple(one.ids) for one in found}) == 1
+
+
 # --- faults ---
+
+
+def test_a_probe_uses_the_device_once_and_changes_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = make_request((text(20, 5), None), sampling=drawn(2))
+    alone = list(engine.stream(request))
+    calls: list[int] = []
+    decode = engine._runner.decode
+
+    def count(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return decode(*args, **settings)
+
+    monkeypatch.setattr(engine._runner, "decode", count)
+    before = dataclasses.replace(engine.counters)
+    assert engine.step() == []
+    assert calls == []
+    engine.probe()
+    assert engine.step() == engine.step() == []
+    assert calls == [1]
+    assert engine.counters == before
+    # Somebody who is answered is probe enough.
+    (generation,) = engine.submit(request)
+    engine.step()
+    engine.probe()
+    calls.clear()
+    engine.step()
+    assert calls == [1]
+    assert run(engine, [generation]) == [alone]
+
+
+def test_a_device_that_fails_a_probe_is_a_fault(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    before = engine.counters.faults
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "decode", fail)
+        engine.probe()
+        assert engine.step() == []
+    assert engine.counters.faults == before + 1
+    assert len(answer(engine, (text(6), None))) == 10
 
 
 def test_a_fault_of_the_device_ends_what_runs_and_nothing_else(

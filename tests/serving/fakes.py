@@ -22,7 +22,7 @@ from minigpt4_jax import GenerationConfig, MiniGPT4
 from minigpt4_jax.config import IMAGE_TOKEN_ID
 from minigpt4_jax.data.prompts import get_template
 from minigpt4_jax.data.tokenizer import Tokenizer, byte_tokenizer
-from minigpt4_jax.generation.beam_search import Hypothesis
+from minigpt4_jax.generation.beam_search import BeamSteps, Hypothesis
 from minigpt4_jax.generation.engine import Engine
 from minigpt4_jax.generation.loop import Counters
 from minigpt4_jax.generation.requests import Generation, Request, TokenLogprobs
@@ -70,6 +70,11 @@ class FakeEngine(Engine):
         """Runs where a fault is mended; what it raises leaves no engine."""
         self.on_encode: Callable[[np.ndarray], None] = lambda images: None
         self.on_search: Callable[[], None] = lambda: None
+        """Runs in each piece of a search."""
+        self.search_pauses = 0
+        """Pieces of a search before its last."""
+        self.searches = 0
+        """Under way."""
         self.on_compile: Callable[[], None] = lambda: None
         self.spoilt: Callable[[Request], bool] = lambda request: False
         """Whose logits are no numbers."""
@@ -119,14 +124,21 @@ class FakeEngine(Engine):
             elif len(generation.ids) == request.max_new_tokens:
                 self._finish(generation, "length")
 
-    def beam_search(
+    def beam_steps(
         self, requests: Sequence[Request], *, num_beams: int, length_penalty: float = 1.0
-    ) -> list[list[Hypothesis]]:
-        self.on_search()
-        return [
-            [Hypothesis(self._beam(request, beam), -float(beam)) for beam in range(num_beams)]
-            for request in requests
-        ]
+    ) -> BeamSteps:
+        self.searches += 1
+        try:
+            for _ in range(self.search_pauses):
+                self.on_search()
+                yield
+            self.on_search()
+            return [
+                [Hypothesis(self._beam(request, beam), -float(beam)) for beam in range(num_beams)]
+                for request in requests
+            ]
+        finally:
+            self.searches -= 1
 
     def _beam(self, request: Request, number: int) -> list[int]:
         return list(self._script(request.with_seed_plus(number)))[: request.max_new_tokens]

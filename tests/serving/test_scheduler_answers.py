@@ -103,7 +103,7 @@ def test_a_stop_string_ends_an_answer_where_it_begins(
     assert bench.engine.free_slots == 4
 
 
-def test_beams_give_the_answers_of_generate_while_the_slots_go_on_afterwards(
+def test_beams_and_slots_give_the_answers_of_generate_side_by_side(
     bench: Bench, model: MiniGPT4, pictures: Any
 ) -> None:
     beams = GenerationConfig(max_new_tokens=12, repetition_penalty=3.0, num_beams=3)
@@ -112,12 +112,13 @@ def test_beams_give_the_answers_of_generate_while_the_slots_go_on_afterwards(
     _, plain = bench.submit("What?", generation=SHORT)
     bench.turns(2)
     _, heard = bench.submit("Why?", pictures=pictures[:1], generation=beams, n=2)
-    bench.turns(1)
+    bench.turns(3)
+    assert heard.events == []
+    assert not plain.done
+    bench.finish()
     assert [heard.text(index) for index in range(2)] == [answer.text for answer in expected]
     assert all(isinstance(event, Piece) for event in heard.events[1:5:2])
     assert heard.done
-    assert not plain.done
-    bench.finish()
     assert [plain.text()] == alone
 
 

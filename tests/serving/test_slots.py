@@ -58,7 +58,7 @@ def test_only_the_job_whose_picture_cannot_be_encoded_fails(
     bench.finish()
     assert [one.status for one in heard] == [None, 500, None, None]
     assert [one.done for one in heard] == [True, False, True, True]
-    assert bench.notes.faults == 1
+    assert bench.notes.faults == 0
     assert "The request job-1 failed" in caplog.text
     assert "job-0 failed" not in caplog.text
 
@@ -75,19 +75,66 @@ def test_a_batch_that_is_too_large_fails_nobody(bench: Bench, pictures: Any) -> 
     assert bench.engine.encoded == [3, 1, 1, 1]
 
 
-def test_pictures_that_are_encoded_again_and_again_in_vain_break_the_server(
+def fail(*args: Any) -> None:
+    raise RuntimeError("out of memory")
+
+
+def test_one_request_that_needs_too_much_memory_again_and_again_ends_no_server(
     bench: Bench, pictures: Any
 ) -> None:
-    def encode(images: np.ndarray) -> None:
-        raise RuntimeError("device lost")
+    bench.engine.on_encode = bench.engine.on_search = fail
+    _, plain = bench.submit("p", generation=LONG)
+    heard = []
+    for _ in range(6):
+        heard.append(bench.submit("a", pictures=pictures[:1])[1])
+        heard.append(bench.submit("b", generation=BEAMS)[1])
+        bench.turns(1)
+    assert [one.status for one in heard] == [500] * 12
+    bench.finish()
+    assert plain.done
+    assert bench.notes.faults == 0
+    assert bench.scheduler.state == "ready"
 
-    bench.engine.on_encode = encode
-    for _ in range(3):
+
+@pytest.mark.parametrize("hook", ["on_encode", "on_search"])
+def test_a_device_that_is_lost_is_noticed_though_nobody_gets_as_far_as_a_slot(
+    hook: str, bench: Bench, pictures: Any
+) -> None:
+    setattr(bench.engine, hook, fail)
+    bench.engine.on_step = fail
+    generation = BEAMS if hook == "on_search" else LONG
+    for number in range(3):
         assert bench.scheduler.state == "ready"
-        bench.submit("a", pictures=pictures[:1])
+        assert bench.notes.faults == number
+        bench.submit("a", pictures=pictures[:1], generation=generation)
         bench.turns(1)
     assert bench.scheduler.state == "broken"
     assert len(bench.fatal) == 1
+
+
+def test_after_a_failure_beside_the_slots_one_step_is_made_and_no_more(
+    bench: Bench, pictures: Any
+) -> None:
+    steps: list[int] = []
+    bench.engine.on_encode, bench.engine.on_step = fail, lambda: steps.append(1)
+    bench.submit("a", pictures=pictures[:1])
+    bench.turns(3)
+    assert steps == [1]
+
+
+def test_pictures_of_jobs_that_are_over_are_not_encoded_one_by_one(
+    bench: Bench, pictures: Any
+) -> None:
+    jobs = [bench.submit("a", pictures=pictures[i : i + 1])[0] for i in range(3)]
+
+    def encode(images: np.ndarray) -> None:
+        for job in jobs[1:]:
+            bench.scheduler.cancel(job)
+        raise RuntimeError("too many")
+
+    bench.engine.on_encode = encode
+    bench.turns(1)
+    assert bench.engine.encoded == [3, 1]
 
 
 # --- requests and searches that fail ---
@@ -103,9 +150,6 @@ def test_a_request_that_the_engine_refuses_fails_alone_and_is_no_fault(bench: Be
 
 
 def test_a_search_that_fails_is_its_jobs_alone(bench: Bench) -> None:
-    def fail() -> None:
-        raise RuntimeError("no memory for beams")
-
     bench.engine.on_search = fail
     _, plain = bench.submit("p", generation=LONG)
     bench.turns(1)
@@ -113,19 +157,28 @@ def test_a_search_that_fails_is_its_jobs_alone(bench: Bench) -> None:
     bench.finish()
     assert heard.status == 500
     assert plain.done
-    assert bench.notes.faults == 1
+    assert bench.notes.faults == 0
 
 
 def test_beams_that_find_too_few_answers_fail(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = bench.engine.beam_search
-    monkeypatch.setattr(
-        bench.engine, "beam_search", lambda *a, **k: [found[:1] for found in search(*a, **k)]
-    )
+    search = bench.engine.beam_steps
+
+    def too_few(*args: Any, **settings: Any) -> Any:
+        return [found[:1] for found in (yield from search(*args, **settings))]
+
+    monkeypatch.setattr(bench.engine, "beam_steps", too_few)
     _, heard = bench.submit("a", generation=BEAMS, n=2)
     bench.finish()
     assert heard.status == 500
+
+
+def test_a_job_says_whose_prompts_it_may_share(bench: Bench) -> None:
+    for salt in ("one key", None):
+        bench.submit("a", salt=salt)
+        bench.finish()
+    assert [request.salt for request in bench.engine.submitted] == ["one key", None]
 
 
 # --- logits that are no numbers ---

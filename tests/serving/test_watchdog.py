@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
+from collections.abc import Callable
 
-from minigpt4_jax.serving.watchdog import FaultWindow, Watchdog
-from tests.serving.fakes import LIMIT_S, Clock
+from minigpt4_jax.serving.watchdog import LOOKS_PER_STALL, Clock, FaultWindow, Watchdog
+from tests.serving import fakes
+from tests.serving.fakes import LIMIT_S
+
+
+def make_dog(
+    clock: Clock,
+    *,
+    stall_s: float,
+    on_stall: Callable[[float], None] = lambda seconds: None,
+    alive: bool = True,
+    on_gone: Callable[[], None] = lambda: None,
+) -> Watchdog:
+    return Watchdog(on_stall, alive=lambda: alive, on_gone=on_gone, stall_s=stall_s, clock=clock)
 
 
 def test_only_faults_of_the_window_count() -> None:
-    clock = Clock()
+    clock = fakes.Clock()
     window = FaultWindow(max_faults=2, window_s=10.0, clock=clock)
     found = []
     for pause_s in (0, 5, 5, 1, 11):
@@ -20,8 +33,8 @@ def test_only_faults_of_the_window_count() -> None:
 
 
 def test_who_rests_does_not_stall() -> None:
-    clock = Clock()
-    dog = Watchdog(lambda seconds: None, stall_s=5.0, clock=clock)
+    clock = fakes.Clock()
+    dog = make_dog(clock, stall_s=5.0)
     assert dog.stalled_s == 0
     dog.moved()
     clock.now_s += 3
@@ -34,24 +47,50 @@ def test_who_rests_does_not_stall() -> None:
 
 
 def test_a_stall_is_told_once() -> None:
-    clock, told, first = Clock(), [], threading.Event()
-
-    def stalled(seconds: float) -> None:
-        told.append(seconds)
-        first.set()
-
-    dog = Watchdog(stalled, stall_s=0.1, clock=clock)
+    told: list[float] = []
+    # A quarter of the time between two looks passes whenever somebody reads the clock.
+    ticks = itertools.count(0.0, 0.1 / LOOKS_PER_STALL / 4)
+    dog = make_dog(lambda: next(ticks), stall_s=0.1, on_stall=told.append)
     dog.moved()
     dog.start()
-    clock.now_s += 7
-    assert first.wait(LIMIT_S)
     dog._thread.join(LIMIT_S)
-    assert told == [7]
+    (seconds,) = told
+    assert 0.1 < seconds < 0.13
+
+
+def test_time_in_which_the_whole_process_stood_still_does_not_count() -> None:
+    clock = fakes.Clock()
+    dog = make_dog(clock, stall_s=float(LOOKS_PER_STALL))  # it looks once a second
+    dog.look()
+    dog.moved()
+    found = []
+    for pause_s in (1, 1, 100, 1, 2, 100, 1):
+        clock.now_s += pause_s
+        found.append(dog.look())
+    assert found == [1, 2, 2, 3, 5, 5, 6]
+    assert dog.stalled_s == 206
+    # Who moves begins anew, also just before such a pause.
+    clock.now_s += 1
+    dog.moved()
+    clock.now_s += 100
+    assert dog.look() == 0
+    clock.now_s += 1
+    assert dog.look() == 1
+    dog.rest()
+    assert dog.look() == 0
+
+
+def test_a_thread_that_is_gone_is_told_once_though_it_rested() -> None:
+    told: list[str] = []
+    clock = fakes.Clock()
+    dog = make_dog(clock, stall_s=0.1, alive=False, on_gone=lambda: told.append("gone"))
+    dog.start()
+    dog._thread.join(LIMIT_S)
+    assert told == ["gone"]
 
 
 def test_a_watchdog_that_was_stopped_tells_nothing() -> None:
-    clock = Clock()
-    dog = Watchdog(lambda seconds: None, stall_s=0.1, clock=clock)
+    dog = make_dog(fakes.Clock(), stall_s=0.1)
     dog.start()
     dog.stop()
     dog._thread.join(LIMIT_S)

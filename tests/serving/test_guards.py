@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minigpt4_jax.serving import guards
+from minigpt4_jax.serving import bodies, guards
 from minigpt4_jax.serving.bodies import BodyGuard
-from minigpt4_jax.serving.errors import overloaded
+from minigpt4_jax.serving.errors import overloaded, timed_out
 from minigpt4_jax.serving.guards import (
     Frame,
     HostGuard,
     InFlight,
     KeyGuard,
+    PathGuard,
     Refusals,
     allowed_names,
     host_name,
@@ -176,6 +178,54 @@ def test_a_refusal_has_its_status_and_headers_and_is_counted() -> None:
         "code": "rate_limit_exceeded",
     }
     assert codes == ["rate_limit_exceeded"]
+
+
+def test_what_took_all_of_its_time_is_not_to_be_asked_again() -> None:
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        raise timed_out("Too late.")
+
+    reply = run(framed(late), method="GET")
+    assert (reply.status, reply.headers["x-should-retry"]) == (408, "false")
+
+
+def test_an_error_is_forgotten_before_its_refusal_is_sent() -> None:
+    class Body:
+        """What the traceback of an error holds."""
+
+    alive: list[bool] = []
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        body = Body()
+        seen.append(weakref.ref(body))
+        try:
+            raise KeyError(id(body))
+        except KeyError:
+            raise overloaded("Full.", retry_after_s=1) from None
+
+    seen: list[weakref.ref[Body]] = []
+
+    async def scenario() -> None:
+        scope: Scope = {
+            "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "headers": [], "client": None,
+        }  # fmt: skip
+
+        async def send(message: Message) -> None:
+            alive.append(seen[0]() is not None)
+
+        async def receive() -> Message:
+            raise AssertionError
+
+        await framed(failing)(scope, receive, send)
+
+    asyncio.run(scenario())
+    assert alive == [False, False]
+
+
+@pytest.mark.parametrize("path", [f"{CHAT}\n", f"{CHAT}\r\n", "/health\x00", "\x7f", "/a\x85"])
+def test_a_path_with_control_characters_is_no_route(path: str) -> None:
+    reply = run(framed(PathGuard(echo)), path=path, headers={"transfer-encoding": ""})
+    assert (reply.status, reply.error["code"]) == (404, "not_found")
+    assert run(framed(PathGuard(echo)), path=CHAT).status == 200
 
 
 def test_the_log_has_the_path_and_neither_query_nor_key(caplog: pytest.LogCaptureFixture) -> None:
@@ -353,8 +403,12 @@ def test_a_key_counts_the_same_from_everywhere_and_reading_alone_is_not_counted(
 # --- bodies ---
 
 
-def bounded(app: ASGIApp = echo, *, timeout_s: float = 60.0) -> ASGIApp:
-    return framed(BodyGuard(app, paths=(CHAT,), max_bytes=100, timeout_s=timeout_s))
+def bounded(
+    app: ASGIApp = echo, *, timeout_s: float = 60.0, max_total_bytes: int = 10**6
+) -> ASGIApp:
+    return framed(
+        BodyGuard(app, max_bytes=100, max_total_bytes=max_total_bytes, timeout_s=timeout_s)
+    )
 
 
 def test_a_body_arrives_whole_whatever_its_parts() -> None:
@@ -380,6 +434,53 @@ def test_a_body_that_is_too_large_is_refused_announced_or_come(
     assert reply.error["code"] == "request_too_large"
     assert "expected at most 100" in reply.error["message"]
     assert not reached
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/never/there", f"{CHAT}\n", ""])
+def test_the_body_of_every_post_is_looked_at_whatever_its_path(path: str) -> None:
+    assert run(bounded(), path=path, headers={"content-type": "text/plain"}).status == 415
+    announced = {"content-length": "101", "transfer-encoding": ""}
+    assert run(bounded(), path=path, headers=announced, parts=[b"a" * 101]).status == 413
+
+
+def test_large_bodies_together_have_a_bound_until_they_are_read_and_small_ones_come_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bodies, "SMALL_BYTES", 10)
+
+    async def scenario() -> None:
+        reading, release = asyncio.Event(), asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            await reading.wait()
+            scope["state"]["body_done"]()
+            await release.wait()
+            await echo(scope, receive, send)
+
+        app = bounded(slow, max_total_bytes=150)
+        sizes = (80, 60, 40, 10)
+        tasks = [asyncio.create_task(ask(app, parts=[b"a" * size])) for size in sizes]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert [task.done() for task in tasks] == [False, False, True, False]
+        refused = tasks.pop(2).result()
+        assert (refused.status, refused.headers["retry-after"]) == (429, "2")
+        # Those that are inside are answered still, but their bodies have been read.
+        reading.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(ask(app, parts=[b"a" * 90])))
+        release.set()
+        assert [len((await task).body) for task in tasks] == [80, 60, 10, 90]
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_was_refused_or_read_takes_no_room() -> None:
+    app = bounded(max_total_bytes=100)
+    for _ in range(5):
+        assert run(app, parts=[b"a" * 60, b"b" * 41]).status == 413
+        assert run(app, parts=[b"a" * 100]).status == 200
 
 
 def test_a_body_that_does_not_end_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,8 @@ def test_cors_is_closed_until_an_origin_is_listed(tiny_server: Running, model: M
         other = {**asked, "origin": "https://evil.example"}
         status, headers, body = running.ask("OPTIONS", CHAT, headers=other)
         assert (status, "access-control-allow-origin" in headers) == (400, False)
-        assert (body["error"]["code"], headers["vary"]) == ("cors_not_allowed", "Origin")
+        assert body["error"]["code"] == "cors_not_allowed"
+        assert "Origin" in headers["vary"]
         # A refusal too can be read by the listed page, and by no other.
         status, headers, _ = running.ask("POST", CHAT, b"{}", {"origin": origin})
         assert (status, headers["access-control-allow-origin"]) == (401, origin)

@@ -196,7 +196,9 @@ def make_connection(
 
         def _check_writes(self, before: int) -> None:
             if before - self.transport.get_write_buffer_size() < SLOWEST * write_timeout_s:
-                log.info("a client took next to nothing for %g s; it is cut off", write_timeout_s)
+                log.info(
+                    "a client took nothing for %g s, or next to it; it is cut off", write_timeout_s
+                )
                 self._abort()
             else:
                 self._watch_writes()

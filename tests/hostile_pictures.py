@@ -274,6 +274,13 @@ def disguised() -> Iterator[Case]:
         "HTML": b"<!DOCTYPE html><html><script>fetch('/')</script></html>",
         "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='%b'/></svg>"
         % LOCAL_FILE.encode(),
+        "SVG with a head": b"<?xml version='1.0'?>\n<!-- a --> <!DOCTYPE svg>\n<!-- b -->\n<svg></svg>",
+        "comments without an SVG": b"<!---->" * 585,
+        "comments and blanks without an SVG": b"<!-- -->\n" * 450,
+        "a comment without an end": b"<!--" * 1000,
+        "document types without an SVG": b"<!DOCTYPE svg> " * 270,
+        "blanks": b" \n" * 5000,
+        "XML heads": b"<?xml " * 700,
         "XML with entities": b"<?xml version='1.0'?><!DOCTYPE a [<!ENTITY b SYSTEM '%b'>]><a>&b;</a>"
         % LOCAL_FILE.encode(),
         "PDF": b"%PDF-1.7\n1 0 obj<</Type/Catalog/OpenAction 2 0 R>>endobj",

@@ -48,13 +48,19 @@ FOREIGN = (
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),
     (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 picture"),
     (rb"%PDF-", "a PDF document"),
-    (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*|<!DOCTYPE svg[^>]*>\s*)*<svg\b", "an SVG drawing"),
-    (rb"(?i:\s*<(!doctype html|html|head)\b)", "a web page"),
+    (
+        # Atomic: `.*?-->` that may also run over the next comments has twice as many ways for each, and a search keeps
+        # every thread waiting (CWE-1333).
+        rb"\s*+(<\?xml[^>]*+>\s*+)?+(?>(?><!--.*?-->|<!DOCTYPE svg[^>]*+>)\s*+)*+<svg\b",
+        "an SVG drawing",
+    ),
+    (rb"(?i:\s*+<(!doctype html|html|head)\b)", "a web page"),
     (rb"8BPS", "a Photoshop document"),
     (rb"version https://git-lfs", "a Git LFS pointer (`git lfs pull` fetches the picture)"),
     (rb"PK\x03\x04|\x1f\x8b", "an archive"),
 )
-"""How files begin that people take for pictures, and what they are: for the message only."""
+"""How files begin that people take for pictures, and what they are: for the message only. Nothing here may step back
+over what it has matched: the files are strangers'."""
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -25,7 +26,7 @@ from starlette.responses import Response
 
 from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.serve_config import ServeConfig
-from minigpt4_jax.serving.bodies import BodyGuard, HeaderGuard
+from minigpt4_jax.serving.bodies import BodyGuard, HeaderGuard, take_body
 from minigpt4_jax.serving.chat_route import ChatRoute
 from minigpt4_jax.serving.dialogue import detokenize, tokenize
 from minigpt4_jax.serving.errors import ApiError, unavailable
@@ -34,9 +35,11 @@ from minigpt4_jax.serving.guards import (
     HostGuard,
     InFlight,
     KeyGuard,
+    PathGuard,
     Refusal,
     Refusals,
     allowed_names,
+    no_route,
 )
 from minigpt4_jax.serving.mailbox import Post
 from minigpt4_jax.serving.metrics import Metrics
@@ -50,6 +53,8 @@ API_VERSION = "1"
 """Of the routes, which is the 1 of `/v1`; not of this software."""
 PROBES = ("/health", "/ready")
 BODY_PATHS = ("/v1/chat/completions", "/tokenize", "/detokenize")
+LARGEST_BODIES = 8
+"""So many bodies of `limits.max_body_bytes` may be in memory at a time, before they are read."""
 NUM_THREADS = 4
 """For parsing and tokenising: a few, since Python runs one at a time; more than one, since one may be long."""
 
@@ -104,7 +109,7 @@ def make_app(
         {
             "/v1/chat/completions": chat.answer,
             "/v1/models": told.models,
-            "/v1/models/{model_id}": told.model,
+            "/v1/models/{model_id:path}": told.model,
             "/tokenize": told.tokenize,
             "/detokenize": told.detokenize,
             "/health": told.health,
@@ -131,11 +136,11 @@ def _guards(
 
     names = allowed_names(config.host, loopback=config.loopback, allowed_hosts=access.allowed_hosts)
     cors = Middleware(
-        CORSMiddleware,
+        _Cors,
         allow_origins=access.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["authorization", "x-api-key", "x-request-id", "content-type"],
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=["x-request-id", "retry-after", "x-should-retry"],
     )
     return [
         Middleware(Frame, responded=responded),
@@ -144,6 +149,7 @@ def _guards(
         Middleware(HeaderGuard, max_bytes=limits.max_header_bytes),
         Middleware(HostGuard, names=names, open_paths=PROBES),
         Middleware(KeyGuard, keys=keys, open_paths=open_paths),
+        Middleware(PathGuard),
         Middleware(
             InFlight,
             max_per_caller=limits.max_per_key,
@@ -151,11 +157,30 @@ def _guards(
         ),
         Middleware(
             BodyGuard,
-            paths=BODY_PATHS,
             max_bytes=limits.max_body_bytes,
+            max_total_bytes=LARGEST_BODIES * limits.max_body_bytes,
             timeout_s=limits.body_timeout_s,
         ),
     ]
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, with refusals in the shape of all others; its own are plain text."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        allowed = {
+            name: value
+            for name, value in answer.headers.items()
+            if name == "vary" or name.startswith("access-control-")
+        }
+        said = (
+            f"This server does not let a page do that: {bytes(answer.body).decode()}. Expected an origin of "
+            "access.cors_origins of its configuration, GET or POST, and the usual headers."
+        )
+        return Refusal(ApiError(400, said, code="cors_not_allowed"), headers=allowed)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
@@ -165,8 +190,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
         said = f"This route does not know the method {request.method[:20]!r}; see /openapi.json for those that it does."
         refusal = ApiError(405, said, code="method_not_allowed")
     else:
-        said = "There is no such route; expected one of /openapi.json, such as POST /v1/chat/completions."
-        refusal = ApiError(404, said, code="not_found")
+        refusal = no_route()
     return Refusal(refusal, headers=error.headers)
 
 
@@ -223,7 +247,7 @@ class _Told:
         return Response(content, headers={"content-type": kind})
 
     async def tokenize(self, request: Request) -> Response:
-        body = await request.body()
+        body = await take_body(request.receive)
 
         def work() -> dict[str, Any]:
             return tokenize(parse_tokenize(body, self._config), model=self._model)
@@ -231,7 +255,7 @@ class _Told:
         return JSONResponse(await self._in_thread(work))
 
     async def detokenize(self, request: Request) -> Response:
-        body = await request.body()
+        body = await take_body(request.receive)
 
         def work() -> dict[str, Any]:
             return detokenize(parse_detokenize(body, self._config), model=self._model)

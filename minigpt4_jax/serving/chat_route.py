@@ -4,7 +4,11 @@ For: the way between the socket and the scheduler, streamed and whole, and what 
 for: the fields of a request (`protocol.py`), its prompt (`dialogue.py`), the JSON of an answer (`replies.py`).
 
 Nothing that takes time runs on the event loop: parsing, tokenising and the JSON of a whole answer go to threads, as do
-pictures (CVE-2025-62426 and CVE-2026-6607 are servers that others made wait).
+pictures (CVE-2025-62426 and CVE-2026-6607 are servers that others made wait); a stream that its client reads slowly is
+written a few events at a time.
+
+Of a request nothing is kept but its job: the body and the pictures in it, which may be many times larger than all else,
+are gone before the answer begins.
 
 A stream opens when its first event is there; a job that fails before is an HTTP error. After `QUEUED_AFTER_S` without
 one it opens all the same, with the SSE comment `: queued N` (N requests wait for a slot), so that the client knows
@@ -26,12 +30,14 @@ from typing import Any, TypeVar
 
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.serve_config import ServeConfig
+from minigpt4_jax.serving.bodies import take_body
 from minigpt4_jax.serving.dialogue import make_job, picture_sources
 from minigpt4_jax.serving.guards import Refusal, abort
 from minigpt4_jax.serving.jobs import Done, Event, Failed, Job
@@ -45,6 +51,8 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 QUEUED_AFTER_S = 1.0
+MOST_EVENTS = 16
+"""In one piece of a stream, and in one turn of the event loop: with log-probabilities a token takes about 0.1 ms."""
 PING_S = 15
 """Proxies give up on a connection that is silent for a minute (nginx's `proxy_read_timeout`)."""
 GONE_STATUS = 499
@@ -81,34 +89,20 @@ class ChatRoute:
 
     async def answer(self, request: Request) -> Response:
         """The response to one request; raises `ApiError` for what never became a job."""
-        body = await request.body()
         box: Mailbox[Letter] = Mailbox(self._post())
+        reading = asyncio.create_task(
+            self._read(await take_body(request.receive), box, request.state)
+        )
         watcher = asyncio.create_task(_watch(request.receive, box))
         try:
-            chat, sources = await self._in_thread(functools.partial(_parse, body, self._config))
-            pictures = await self._pictures.read(sources)
-            job = await self._in_thread(
-                functools.partial(
-                    make_job,
-                    chat,
-                    pictures,
-                    model=self._model,
-                    id=f"chatcmpl-{request.state.request_id}",
-                    deadline_s=request.state.arrived_s + self._config.limits.request_timeout_s,
-                    emit=box.send,
-                )
-            )
-            reply = ChatReply(
-                chat,
-                job,
-                model_name=self._config.name,
-                fingerprint=self._model.fingerprint[:16],
-                created=int(time.time()),
-                tokenizer=self._model.tokenizer,
-            )
+            await asyncio.wait((reading, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return Response(status_code=GONE_STATUS)
+            job, reply = reading.result()
+            request.state.body_done()
             self._scheduler.submit(job)
             try:
-                if chat.streams:
+                if job.stream:
                     return await self._stream(box, reply, job)
                 return await self._whole(box, reply, job)
             except BaseException:  # also when this task is cancelled: nobody will take what comes
@@ -116,11 +110,44 @@ class ChatRoute:
                 raise
         finally:
             watcher.cancel()
+            reading.cancel()  # no-op unless the client has gone
+            del reading  # else an error in it holds this frame, and this frame the error with all of the request
+
+    async def _read(self, body: bytes, box: Mailbox[Letter], state: State) -> tuple[Job, ChatReply]:
+        """What the engine is asked, and what writes its answer. All else of the request is gone with this frame."""
+        parsing = self._in_thread(functools.partial(_parse, body, self._config))
+        del body
+        chat, sources = await parsing
+        pictures = await self._pictures.read(sources, caller=state.caller)
+        job = await self._in_thread(
+            functools.partial(
+                make_job,
+                chat,
+                pictures,
+                model=self._model,
+                id=f"chatcmpl-{state.request_id}",
+                deadline_s=state.arrived_s + self._config.limits.request_timeout_s,
+                emit=box.send,
+                salt=state.caller,
+            )
+        )
+        # Its body, its pictures and its tokenising are part of its time.
+        job.arrived_s = state.arrived_s
+        reply = ChatReply(
+            chat,
+            job,
+            model_name=self._config.name,
+            fingerprint=self._model.fingerprint[:16],
+            created=int(time.time()),
+            tokenizer=self._model.tokenizer,
+        )
+        return job, reply
 
     async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def _whole(self, box: Mailbox[Letter], reply: ChatReply, job: Job) -> Response:
+        events: list[Event] = []
         while True:
             for letter in await box.take():
                 if isinstance(letter, Gone):
@@ -128,10 +155,10 @@ class ChatRoute:
                     return Response(status_code=GONE_STATUS)
                 if isinstance(letter, Failed):
                     return Refusal(letter.error)
-                reply.feed(letter)
-                if isinstance(letter, Done):
-                    content = await self._in_thread(lambda: _json(reply.result()))
-                    return Response(content, media_type="application/json")
+                events.append(letter)
+            if isinstance(events[-1], Done):
+                content = await self._in_thread(functools.partial(_written, reply, events))
+                return Response(content, media_type="application/json")
 
     async def _stream(self, box: Mailbox[Letter], reply: ChatReply, job: Job) -> Response:
         first: list[Letter] = []
@@ -144,35 +171,52 @@ class ChatRoute:
         if first and isinstance(first[0], Failed):
             return Refusal(first[0].error)
         return _Stream(
-            self._chunks(first, box, reply),
+            stream_bytes(
+                first,
+                box,
+                reply=reply,
+                num_waiting=lambda: self._scheduler.load().waiting,
+            ),
             job=job,
             scheduler=self._scheduler,
             send_timeout=self._config.limits.write_timeout_s,
         )
 
-    async def _chunks(
-        self, first: Sequence[Letter], box: Mailbox[Letter], reply: ChatReply
-    ) -> AsyncIterator[bytes]:
-        """The bytes of a stream, the events that came together in one piece."""
-        letters = first
-        if not letters:
-            yield f": queued {self._scheduler.load().waiting}\n\n".encode()
-            letters = await box.take()
-        while True:
+
+async def stream_bytes(
+    first: Sequence[Letter],
+    box: Mailbox[Letter],
+    *,
+    reply: ChatReply,
+    num_waiting: Callable[[], int],
+) -> AsyncIterator[bytes]:
+    """The bytes of a stream: the events that came together in one piece, or in pieces of `MOST_EVENTS`.
+
+    Args:
+        first: what has come already; may be nothing.
+        num_waiting: how many jobs wait for a slot.
+    """
+    letters = first
+    if not letters:
+        yield f": queued {num_waiting()}\n\n".encode()
+        letters = await box.take()
+    while True:
+        for begin in range(0, len(letters), MOST_EVENTS):
             piece: list[bytes] = []
-            for letter in letters:
+            over = False
+            for letter in letters[begin : begin + MOST_EVENTS]:
                 if isinstance(letter, Gone):
-                    return
-                if isinstance(letter, Failed):
-                    yield b"".join([*piece, _event(_json(letter.error.body()))])
                     return
                 piece += [_event(_json(chunk)) for chunk in reply.feed(letter)]
                 if isinstance(letter, Done):
-                    yield b"".join([*piece, _event(b"[DONE]")])
-                    return
+                    piece.append(_event(b"[DONE]"))
+                over = isinstance(letter, Done | Failed)
             if piece:
                 yield b"".join(piece)
-            letters = await box.take()
+            if over:
+                return
+            await asyncio.sleep(0)  # sending waits for nobody as long as the system takes it
+        letters = await box.take()
 
 
 class _Stream(EventSourceResponse):
@@ -203,6 +247,12 @@ class _Stream(EventSourceResponse):
 def _parse(body: bytes, config: ServeConfig) -> tuple[Any, Any]:
     chat = parse_chat(body, config)
     return chat, picture_sources(chat)
+
+
+def _written(reply: ChatReply, events: Sequence[Event]) -> bytes:
+    for event in events:
+        reply.feed(event)
+    return _json(reply.result())
 
 
 async def _watch(receive: Receive, box: Mailbox[Letter]) -> None:

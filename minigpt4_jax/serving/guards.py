@@ -1,12 +1,14 @@
 """What stands between the socket and the routes: who asks, for which host, how many at once; and how a refusal looks.
 
 For: pure ASGI middlewares, outermost first: `Frame` (a request id, headers, one line of the log), starlette's CORS,
-`Refusals` (every error in OpenAI's shape), `HostGuard`, `KeyGuard`, `InFlight`, and `BodyGuard` of `bodies.py`. Not
-for: what a request says (`protocol.py`), nor the size of its headers (`connections.py`).
+`Refusals` (every error in OpenAI's shape), `HeaderGuard` of `bodies.py`, `HostGuard`, `KeyGuard`, `PathGuard`,
+`InFlight`, and `BodyGuard` of `bodies.py`. Not for: what a request says (`protocol.py`), nor headers that do not end
+(`connections.py`).
 
-A route is closed unless its exact path is listed as open, and the guards compare the very string that the router
-matches, so that no spelling of a path (`//v1`, `%2e%2e`) is open for one and a route for the other. (Elsewhere the
-key guarded a prefix, and other routes stayed open: CVE-2025-59425.)
+Everything is closed unless it is listed: a path is open only if it is exactly one of the open ones, and no guard of
+keys, hosts or bodies asks whether a path is one of those that it guards. (Elsewhere the key guarded a prefix, and other
+routes stayed open: CVE-2025-59425.) The router is not that exact: its patterns end in `$`, which also matches before a
+last line feed, so that `/v1/chat/completions%0A` is that route. `PathGuard` answers 404 to all such paths.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ access_log = logging.getLogger("minigpt4_jax.serving.access")
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """A client's `x-request-id` that is taken over; it enters the log, so it holds no spaces and no control characters."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LINGER_S = 2.0
 """How long the rest of a refused body is read and dropped. Closing at once would make the system reset the connection,
 and the client would lose the refusal that it has not read yet."""
@@ -114,6 +117,7 @@ class Refusals:
             await self._app(scope, receive, send)
             return
         started = False
+        refusal: Refusal | None = None
 
         async def watched(message: Message) -> None:
             nonlocal started
@@ -122,21 +126,26 @@ class Refusals:
 
         try:
             await self._app(scope, receive, watched)
+            return
         except (
             Exception
         ) as error:  # the last place that can: behind it a client would see a library's text
             request_id = scope["state"]["request_id"]
-            if isinstance(error, ApiError):
-                refusal = error
-            else:
+            if not isinstance(error, ApiError):
                 log.exception("[%s] a request failed", request_id)
-                refusal = internal()
             if started:  # the half response must not look like a whole one
                 log.error("[%s] failed after its response had begun; cut off", request_id)
-                await abort(scope)
             else:
-                self._rejected(refusal.code or refusal.kind)
-                await Refusal(refusal)(scope, receive, send)
+                refusal = self._refusal(error if isinstance(error, ApiError) else internal())
+        # Not before here: the traceback of the error, and of those that led to it, keeps the body in memory.
+        if refusal is None:
+            await abort(scope)
+        else:
+            await refusal(scope, receive, send)
+
+    def _refusal(self, error: ApiError) -> Refusal:
+        self._rejected(error.code or error.kind)
+        return Refusal(error)
 
 
 async def abort(scope: Scope) -> None:
@@ -164,6 +173,10 @@ class Refusal(Response):
             own["retry-after"] = str(SUCCESSOR_S)
         if error.status == 401:
             own["www-authenticate"] = "Bearer"
+        if error.status == 408:
+            # The openai client asks twice more after a 408 unless it is told not to (`_should_retry` in its
+            # _base_client.py); what took all of its time once would take it three times.
+            own["x-should-retry"] = "false"
         super().__init__(
             json.dumps(error.body()),
             error.status,
@@ -292,8 +305,28 @@ def _network(scope: Scope) -> str:
     return str(address)
 
 
+class PathGuard:
+    """404 to paths with control characters: no route has any, and the router takes some of them for routes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and CONTROL.search(scope["path"]):
+            raise no_route()
+        await self._app(scope, receive, send)
+
+
+def no_route() -> ApiError:
+    """404."""
+    said = (
+        "There is no such route; expected one of /openapi.json, such as POST /v1/chat/completions."
+    )
+    return ApiError(404, said, code="not_found")
+
+
 class InFlight:
-    """Bounds the requests with a body that are inside: of one caller, and of all, so that bodies cannot fill memory.
+    """Bounds the POST requests that are inside: of one caller, and of all. (Their bytes: `BodyGuard`.)
 
     Args:
         max_per_caller: a key's, or without keys an address's.

@@ -76,7 +76,7 @@ def add_routes(
         if path in bodies:
             json_body = {"application/json": {"schema": bodies[path]}}
             extra["requestBody"] = {"required": True, "content": json_body}
-        if "{model_id}" in path:
+        if "{model_id" in path:
             extra["parameters"] = [
                 {
                     "name": "model_id",
@@ -120,7 +120,13 @@ def _table() -> list[tuple[str, str, tuple[int, ...], Schema]]:
     return [
         ("/v1/chat/completions", "Answer a conversation", (*WITH_BODY, 503), chat),
         ("/v1/models", "The one model", ANY, as_json(MODELS_SCHEMA)),
-        ("/v1/models/{model_id}", "The one model by its name", (*ANY, 404), as_json(MODEL_SCHEMA)),
+        # A name may have slashes in it, as those of Hugging Face do.
+        (
+            "/v1/models/{model_id:path}",
+            "The one model by its name",
+            (*ANY, 404),
+            as_json(MODEL_SCHEMA),
+        ),
         ("/tokenize", "Text to token ids", WITH_BODY, as_json(TOKENIZED_SCHEMA)),
         ("/detokenize", "Token ids to text", WITH_BODY, as_json(DETOKENIZED_SCHEMA)),
         ("/health", "Whether the process is alive", (500,), plain(status={"const": "alive"})),

@@ -17,6 +17,7 @@ import functools
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from minigpt4_jax.serving.workers import Workers
 
 MAX_PENDING = 64
 """Pictures of all requests that are fetched, wait for a thread or are decoded. One more is answered 429."""
+MAX_PENDING_OF_ONE = MAX_PENDING // 2
+"""Of one caller (a key, or without keys an address), so that no one fills all of it alone."""
 RETRY_AFTER_S = 2
 
 _CODES: dict[PictureFault, str] = {
@@ -104,24 +107,33 @@ class PictureReader:
         if self._fetcher is not None:
             self._expected += f", or {' or '.join(f'{each}://' for each in self._fetcher.schemes)} from an allowed host"
         self._workers = Workers(config.num_threads, name="decode")
-        self._pending = 0
+        self._pending: Counter[str] = Counter()
 
-    async def read(self, sources: Sequence[PictureSource]) -> list[PreparedImage]:
-        """The pictures, in the order of `sources`.
+    async def read(
+        self, sources: Sequence[PictureSource], *, caller: str = ""
+    ) -> list[PreparedImage]:
+        """The pictures, in the order of `sources`. `caller` says whose they are, where there is more than one.
 
         Raises:
             ApiError: 400 with the `param` of the first bad one; 408 when decoding took longer than `decode_timeout_s`;
                 429 when too many pictures wait, or these have waited so long; 503 behind `close`.
         """
-        self._admit(sources)
+        self._admit(sources, caller)
         found = [self._check(source) for source in sources]
-        self._pending += len(sources)
+        self._pending[caller] += len(sources)
         try:
-            payloads = await asyncio.gather(*map(self._fetch, sources, found))
+            async with asyncio.TaskGroup() as group:  # a fault of one ends the others
+                fetching = [
+                    group.create_task(self._fetch(source, data))
+                    for source, data in zip(sources, found, strict=True)
+                ]
+            payloads = [task.result() for task in fetching]
             # What stands behind one that could not be fetched is not worth its decoding.
             outcomes = await self._decode_all(_before_error(sources, payloads))
         finally:
-            self._pending -= len(sources)
+            self._pending[caller] -= len(sources)
+            if not self._pending[caller]:
+                del self._pending[caller]
         prepared = []
         for outcome in (*outcomes, *payloads[len(outcomes) :]):
             if isinstance(outcome, ApiError):
@@ -136,7 +148,7 @@ class PictureReader:
         if self._fetcher is not None:
             self._fetcher.close()
 
-    def _admit(self, sources: Sequence[PictureSource]) -> None:
+    def _admit(self, sources: Sequence[PictureSource], caller: str) -> None:
         if self._workers.closed:
             raise unavailable("The server is stopping.")
         most = self._config.max_count
@@ -147,11 +159,15 @@ class PictureReader:
                 param=sources[most].param,
                 code="too_many_images",
             )
-        if self._pending and self._pending + len(sources) > MAX_PENDING:
-            raise overloaded(
-                "Too many pictures wait to be decoded; ask again later.",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        for pending, bound, whose in (
+            (self._pending[caller], MAX_PENDING_OF_ONE, " of this key or address"),
+            (self._pending.total(), MAX_PENDING, ""),
+        ):
+            if pending and pending + len(sources) > bound:
+                raise overloaded(
+                    f"Too many pictures{whose} wait to be decoded; ask again later.",
+                    retry_after_s=RETRY_AFTER_S,
+                )
 
     def _check(self, source: PictureSource) -> DataUrl | None:
         """What can be told without reading a picture, in no time whatever its length. None: it must be fetched."""

@@ -56,7 +56,9 @@ class ChatReply:
         created: int,
         tokenizer: Tokenizer,
     ) -> None:
-        self._request, self._job, self._tokenizer = request, job, tokenizer
+        # Not the request itself: its pictures are megabytes of text, and the answer may take minutes.
+        self._usage_chunk, self._top = request.usage_chunk, request.top_logprobs or 0
+        self._job, self._tokenizer = job, tokenizer
         self._head = {
             "id": job.id if job.id.startswith("chatcmpl-") else f"chatcmpl-{job.id}",
             "created": created,
@@ -91,7 +93,7 @@ class ChatReply:
                 return [error.body()]
             case Done():
                 self._done = True
-                if not self._request.usage_chunk:
+                if not self._usage_chunk:
                     return []
                 return [self._frame("chat.completion.chunk", [], usage=self.usage())]
 
@@ -152,14 +154,14 @@ class ChatReply:
             "logprobs": self._logprobs(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
-        usage = {"usage": None} if self._request.usage_chunk else {}
+        usage = {"usage": None} if self._usage_chunk else {}
         return self._frame("chat.completion.chunk", [choice], **usage)
 
     def _logprobs(self, told: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return {"content": list(told), "refusal": None} if self._job.logprobs else None
 
     def _token(self, token: Token) -> dict[str, Any]:
-        likeliest = token.logprobs.top[: self._request.top_logprobs or 0]
+        likeliest = token.logprobs.top[: self._top]
         return {
             **self._named(token.id, token.logprobs.chosen),
             "top_logprobs": [self._named(other, logprob) for other, logprob in likeliest],

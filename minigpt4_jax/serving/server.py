@@ -31,7 +31,7 @@ from minigpt4_jax.config import UserError
 from minigpt4_jax.exits import ENGINE_FAILED, INTERRUPTED
 from minigpt4_jax.serve_config import ServeConfig
 from minigpt4_jax.serving.app import make_app
-from minigpt4_jax.serving.connections import make_connection
+from minigpt4_jax.serving.connections import make_connection, room_for_connections
 from minigpt4_jax.serving.keys import check_exposure, load_keys
 from minigpt4_jax.serving.metrics import Metrics
 from minigpt4_jax.serving.scheduler import Scheduler
@@ -84,14 +84,15 @@ def serve(
 def bind(host: str, port: int) -> socket.socket:
     """A socket at the address that does not listen yet. Raises `UserError` where that cannot be."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise UserError(
             f"host is {host!r}, which is no address and has none; expected one of this machine's, such as 127.0.0.1 or "
             "0.0.0.0 (all)."
         ) from error
+    if host == "localhost":  # one socket has one family, and clients that try only one try IPv4
+        found.sort(key=lambda each: each[0] != socket.AF_INET)
+    family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -175,7 +176,7 @@ class Server:
         return uvicorn.Config(
             self.app,
             http=make_connection(
-                max_connections=limits.max_connections,
+                max_connections=room_for_connections(limits.max_connections),
                 header_timeout_s=limits.body_timeout_s,
                 write_timeout_s=limits.write_timeout_s,
             ),

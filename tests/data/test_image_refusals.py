@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +59,7 @@ def test_a_file_that_was_cut_anywhere_is_refused_or_whole(kind: str) -> None:
         (b"\0\0\0\x18ftypisom" + bytes(64), "a video"),
         (b"%PDF-1.7\n", "a PDF document"),
         (b"<?xml version='1.0'?>\n<!-- x -->\n<svg xmlns='x'/>", "an SVG drawing"),
+        (b" \n<!-- a --><!-- b --><!DOCTYPE svg>\n<!-- c -->\n<svg>", "an SVG drawing"),
         (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"PK\x03\x04" + bytes(64), "an archive"),
@@ -71,6 +74,25 @@ def test_what_people_take_for_a_picture_is_called_by_its_name(
         load_image(path)
     assert f"holiday.jpg': it is {kind}" in str(caught.value)
     assert "Expected one of PNG, JPEG" in str(caught.value)
+
+
+def test_finding_its_name_takes_no_longer_however_often_the_beginning_could_match() -> None:
+    # A process of its own, which can be ended: a search for a pattern lets no other thread run.
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from minigpt4_jax.data.images import PictureError, load_image\n"
+            "for data in (b'<!---->' * 64, b'<!-- -->\\n' * 64, b'<!DOCTYPE svg> ' * 64):\n"
+            "    try: load_image(data)\n"
+            "    except PictureError as error: print(error.fault)",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert ended.stdout.split() == ["format"] * 3
 
 
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:

@@ -1,106 +1,29 @@
-"""guards.py and bodies.py: each guard refuses what it should, in OpenAI's shape, and lets everything else through."""
+"""guards.py: each guard refuses what it should, in OpenAI's shape, and lets everything else through."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minigpt4_jax.serving import guards
-from minigpt4_jax.serving.bodies import BodyGuard
-from minigpt4_jax.serving.errors import overloaded
+from minigpt4_jax.serving.errors import overloaded, timed_out
 from minigpt4_jax.serving.guards import (
-    Frame,
     HostGuard,
     InFlight,
     KeyGuard,
-    Refusals,
+    PathGuard,
     allowed_names,
     host_name,
 )
+from tests.serving.asgi import CHAT, ask, echo, framed, run
 
-CHAT = "/v1/chat/completions"
 KEYS = ("first-key-0123456789", "second-key-0123456789")
-
-
-@dataclass
-class Reply:
-    """What an application answered."""
-
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-
-    @property
-    def error(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.body)
-        assert set(found) == {"error"}
-        assert set(found["error"]) == {"message", "type", "param", "code"}
-        return found["error"]
-
-
-async def ask(
-    app: ASGIApp,
-    *,
-    method: str = "POST",
-    path: str = CHAT,
-    headers: dict[str, str] | None = None,
-    parts: Sequence[bytes] = (b"{}",),
-    client: str = "127.0.0.1",
-    hang: bool = False,
-) -> Reply:
-    """Asks an ASGI application; with `hang` the last part of the body never comes."""
-    sent: dict[str, str] = {"host": "localhost:8000"}
-    if method == "POST":
-        sent |= {"content-type": "application/json", "transfer-encoding": "chunked"}
-    scope: Scope = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "client": (client, 5),
-        "headers": [(n.lower().encode(), v.encode()) for n, v in {**sent, **(headers or {})}.items() if v],
-    }  # fmt: skip
-    left = list(parts)
-    reply = Reply()
-
-    async def receive() -> Message:
-        if left:
-            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or hang}
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            assert reply.status == 0
-            reply.status = message["status"]
-            reply.headers = {n.decode(): v.decode() for n, v in message["headers"]}
-        else:
-            reply.body += message.get("body", b"")
-
-    await app(scope, receive, send)
-    return reply
-
-
-def run(app: ASGIApp, **kwargs: Any) -> Reply:
-    return asyncio.run(asyncio.wait_for(ask(app, **kwargs), 30))
-
-
-async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the body that reached it."""
-    body, more = b"", scope["method"] == "POST"
-    while more:
-        message = await receive()
-        body += message["body"]
-        more = message["more_body"]
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": body})
-
-
-def framed(app: ASGIApp, rejected: Callable[[str], None] = lambda code: None) -> ASGIApp:
-    return Frame(Refusals(app, rejected=rejected), responded=lambda path, status: None)
 
 
 def keyed(app: ASGIApp, keys: Sequence[str] = ()) -> ASGIApp:
@@ -176,6 +99,54 @@ def test_a_refusal_has_its_status_and_headers_and_is_counted() -> None:
         "code": "rate_limit_exceeded",
     }
     assert codes == ["rate_limit_exceeded"]
+
+
+def test_what_took_all_of_its_time_is_not_to_be_asked_again() -> None:
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        raise timed_out("Too late.")
+
+    reply = run(framed(late), method="GET")
+    assert (reply.status, reply.headers["x-should-retry"]) == (408, "false")
+
+
+def test_an_error_is_forgotten_before_its_refusal_is_sent() -> None:
+    class Body:
+        """What the traceback of an error holds."""
+
+    alive: list[bool] = []
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        body = Body()
+        seen.append(weakref.ref(body))
+        try:
+            raise KeyError(id(body))
+        except KeyError:
+            raise overloaded("Full.", retry_after_s=1) from None
+
+    seen: list[weakref.ref[Body]] = []
+
+    async def scenario() -> None:
+        scope: Scope = {
+            "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "headers": [], "client": None,
+        }  # fmt: skip
+
+        async def send(message: Message) -> None:
+            alive.append(seen[0]() is not None)
+
+        async def receive() -> Message:
+            raise AssertionError
+
+        await framed(failing)(scope, receive, send)
+
+    asyncio.run(scenario())
+    assert alive == [False, False]
+
+
+@pytest.mark.parametrize("path", [f"{CHAT}\n", f"{CHAT}\r\n", "/health\x00", "\x7f", "/a\x85"])
+def test_a_path_with_control_characters_is_no_route(path: str) -> None:
+    reply = run(framed(PathGuard(echo)), path=path, headers={"transfer-encoding": ""})
+    assert (reply.status, reply.error["code"]) == (404, "not_found")
+    assert run(framed(PathGuard(echo)), path=CHAT).status == 200
 
 
 def test_the_log_has_the_path_and_neither_query_nor_key(caplog: pytest.LogCaptureFixture) -> None:
@@ -348,82 +319,3 @@ def test_a_key_counts_the_same_from_everywhere_and_reading_alone_is_not_counted(
         assert await together(app, asked, release) == (3, [200, 429, 200, 200])
 
     asyncio.run(scenario())
-
-
-# --- bodies ---
-
-
-def bounded(app: ASGIApp = echo, *, timeout_s: float = 60.0) -> ASGIApp:
-    return framed(BodyGuard(app, paths=(CHAT,), max_bytes=100, timeout_s=timeout_s))
-
-
-def test_a_body_arrives_whole_whatever_its_parts() -> None:
-    assert run(bounded(), parts=[b"a" * 50, b"", b"b" * 50]).body == b"a" * 50 + b"b" * 50
-    assert run(bounded(), headers={"content-length": "2", "transfer-encoding": ""}).body == b"{}"
-
-
-@pytest.mark.parametrize(
-    ("headers", "parts"),
-    [({"content-length": "101", "transfer-encoding": ""}, []), ({}, [b"a" * 60, b"b" * 41])],
-)
-def test_a_body_that_is_too_large_is_refused_announced_or_come(
-    headers: dict[str, str], parts: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guards, "LINGER_S", 0.05)
-    reached: list[bool] = []
-
-    async def note(scope: Scope, receive: Receive, send: Send) -> None:
-        reached.append(True)
-
-    reply = run(bounded(note), headers=headers, parts=parts, hang=True)
-    assert (reply.status, reply.headers["connection"]) == (413, "close")
-    assert reply.error["code"] == "request_too_large"
-    assert "expected at most 100" in reply.error["message"]
-    assert not reached
-
-
-def test_a_body_that_does_not_end_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "LINGER_S", 0.01)
-    reply = run(bounded(timeout_s=0.01), parts=[b"{"], hang=True)
-    assert (reply.status, reply.error["code"]) == (408, "request_timeout")
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"content-type": "text/plain"}, {"content-type": ""}, {"content-type": "multipart/form-data; boundary=x"},
-        {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "application/jsonp"},
-        {"content-encoding": "gzip"},
-    ],
-)  # fmt: skip
-def test_a_body_that_a_page_of_another_site_could_send_is_refused(headers: dict[str, str]) -> None:
-    reply = run(bounded(), headers=headers)
-    assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
-
-
-@pytest.mark.parametrize("kind", ["application/json", "application/JSON; charset=utf-8"])
-def test_json_is_taken_however_it_is_spelled(kind: str) -> None:
-    assert run(bounded(), headers={"content-type": kind}).status == 200
-
-
-def test_a_client_that_leaves_in_its_body_is_nobodys_error(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def scenario() -> list[Message]:
-        sent: list[Message] = []
-
-        async def receive() -> Message:
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http", "method": "POST", "path": CHAT, "raw_path": b"", "client": None,
-            "headers": [(b"content-length", b"5"), (b"content-type", b"application/json")],
-        }  # fmt: skip
-        await bounded()(scope, receive, send)
-        return sent
-
-    assert asyncio.run(scenario()) == []
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -231,6 +231,15 @@ def test_a_body_that_goes_on_behind_its_refusal_is_cut_off(strict: Running) -> N
             send_for_ever()
 
 
+@pytest.mark.parametrize("key", [KEY, "wrong"])
+def test_a_body_of_tiny_chunks_is_refused_and_not_read_on(strict: Running, key: str) -> None:
+    head = HEAD.replace(KEY, key) + "transfer-encoding: chunked\r\n\r\n"
+    found = send(strict, head.encode() + b"1\r\na\r\n" * 2000)
+    if found[0]:  # one that was refused before, for its key, is cut off in the middle of that
+        assert found[0] in (400, 401)
+        assert found[2]["error"]["code"] in ("tiny_chunks", "invalid_api_key")
+
+
 def test_a_broken_chunk_behind_a_good_one_is_no_500(strict: Running) -> None:
     data = (HEAD + "transfer-encoding: chunked\r\n\r\n1\r\n{\r\nzz\r\n").encode()
     assert_refused(send(strict, data), 400)
@@ -326,6 +335,17 @@ def test_odd_methods_and_targets_are_refused_with_a_key_too(
 ) -> None:
     data = f"{request_line} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\nconnection: close\r\n\r\n"
     assert_refused(send(strict, data.encode()), status)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("end", ["%0A", "%0a", "%0D%0A", "%00", "%0A%0A", "%7F", "%C2%85"])
+def test_no_spelling_of_a_path_gets_a_body_around_its_checks(
+    strict: Running, path: str, end: str
+) -> None:
+    body = json.dumps(chat_body(strict.server)).encode()
+    head = f"POST {path}{end} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ncontent-type: text/plain\r\n"
+    data = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    assert_refused(send(strict, data), 404)
 
 
 def test_an_upgrade_is_not_made(strict: Running) -> None:

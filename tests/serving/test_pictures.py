@@ -19,6 +19,7 @@ from minigpt4_jax.image_cache import PreparedImage
 from minigpt4_jax.serve_config import PicturesConfig
 from minigpt4_jax.serving import pictures
 from minigpt4_jax.serving.errors import ApiError
+from minigpt4_jax.serving.fetch import Fetcher
 from minigpt4_jax.serving.pictures import PictureReader
 from tests.hostile_urls import LOCAL_FILE
 from tests.planted import encoded
@@ -269,6 +270,51 @@ def test_too_many_waiting_pictures_are_refused_with_a_time(monkeypatch: pytest.M
 
     error, _ = with_gate(PicturesConfig(num_threads=1), act)
     assert (error.status, error.retry_after_s) == (429, 2)
+
+
+def test_one_caller_leaves_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_PENDING", 4)
+    monkeypatch.setattr(pictures, "MAX_PENDING_OF_ONE", 2)
+
+    async def act(made: PictureReader, gate: Gate) -> ApiError:
+        two = sources(*[data_url(PNG)] * 2)
+        reading = asyncio.create_task(made.read(two, caller="a"))
+        await gate.wait_for(1)
+        error = await error_of(made.read(two[:1], caller="a"))
+        others = asyncio.create_task(made.read(two, caller="b"))
+        await asyncio.sleep(0)
+        assert (await error_of(made.read(two[:1], caller="c"))).status == 429
+        gate.open.set()
+        assert [len(await each) for each in (reading, others)] == [2, 2]
+        assert len(await made.read(two, caller="a")) == 2
+        return error
+
+    error, _ = with_gate(PicturesConfig(num_threads=1), act)
+    assert (error.status, error.retry_after_s) == (429, 2)
+    assert "of this key or address" in error.message
+
+
+def test_a_fault_in_one_fetch_ends_the_others() -> None:
+    ended: list[str] = []
+
+    class Broken(Fetcher):
+        async def fetch(self, url: str, *, param: str) -> bytes:
+            if param == "pictures[1]":
+                await asyncio.sleep(0)
+                raise RuntimeError("of ours")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(param)
+            raise AssertionError
+
+    config = PicturesConfig(fetch_hosts=("images.example.org",))
+    with reader(config, fetcher=Broken(config)) as made:
+        urls = [f"https://images.example.org/{i}.png" for i in range(3)]
+        with pytest.raises(ExceptionGroup) as caught:
+            asyncio.run(made.read(sources(*urls)))
+    assert caught.value.subgroup(RuntimeError) is not None
+    assert sorted(ended) == ["pictures[0]", "pictures[2]"]
 
 
 def test_behind_close_nothing_is_read() -> None:

@@ -72,6 +72,7 @@ def test_models_are_told_as_open_webui_and_vllm_bench_read_them(tiny_server: Run
     assert tiny_server.ask("GET", "/v1/models/tiny")[2] == card
     status, _, body = tiny_server.ask("GET", "/v1/models/gpt-4")
     assert (status, body["error"]["code"]) == (404, "model_not_found")
+    assert tiny_server.ask("GET", "/v1/models/org/tiny")[2]["error"]["code"] == "model_not_found"
 
 
 def test_text_becomes_ids_and_text_again(tiny_server: Running) -> None:
@@ -147,8 +148,10 @@ def test_cors_is_closed_until_an_origin_is_listed(tiny_server: Running, model: M
         status, headers, _ = running.ask("OPTIONS", CHAT, headers=asked)
         assert (status, headers["access-control-allow-origin"]) == (200, origin)
         other = {**asked, "origin": "https://evil.example"}
-        status, headers, _ = running.ask("OPTIONS", CHAT, headers=other)
+        status, headers, body = running.ask("OPTIONS", CHAT, headers=other)
         assert (status, "access-control-allow-origin" in headers) == (400, False)
+        assert body["error"]["code"] == "cors_not_allowed"
+        assert "Origin" in headers["vary"]
         # A refusal too can be read by the listed page, and by no other.
         status, headers, _ = running.ask("POST", CHAT, b"{}", {"origin": origin})
         assert (status, headers["access-control-allow-origin"]) == (401, origin)
@@ -308,6 +311,8 @@ def test_a_request_whose_time_is_over_is_a_408_and_in_a_stream_an_event(model: M
             status = b"HTTP/1.1 200 " if stream else b"HTTP/1.1 408 "
             assert found.startswith(status)
             assert b"[DONE]" not in found
+            if not stream:  # the openai client asks again otherwise
+                assert b"x-should-retry: false\r\n" in found
             wait_until(lambda: running.idle)
 
 
@@ -382,6 +387,18 @@ def test_a_taken_port_is_said_with_what_to_do() -> None:
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=rf"port is {port}, which another .*port=8001"):
             bind("127.0.0.1", port)
+
+
+def test_localhost_is_its_ipv4_address_whatever_stands_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [*found])
+    with bind("localhost", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(

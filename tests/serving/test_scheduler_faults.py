@@ -143,8 +143,8 @@ def test_nothing_is_done_while_there_is_no_work(
 
 @pytest.mark.parametrize("hook", ["on_step", "on_search"])
 def test_an_engine_that_hangs_is_given_up_by_the_watchdog(hook: str) -> None:
-    # The watchdog looks every 10 ms of real time, and after each look so much passes on a clock that otherwise stands: what
-    # passes between two looks that are far apart does not count.
+    # The watchdog looks every 10 ms of real time, and after each look so much passes on a clock that otherwise stands:
+    # what passes between two looks that are far apart does not count.
     bench = Bench(FakeModel(), faults=FaultsConfig(stall_s=0.2))
     hangs, ends = threading.Event(), threading.Event()
 

@@ -8,6 +8,7 @@ Differs from the original, whose demo answers one visitor at a time in the web f
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import threading
 import time
@@ -197,6 +198,7 @@ class Scheduler:
             )
 
     def _stalled(self, seconds: float) -> None:
+        faulthandler.dump_traceback(2, all_threads=True)  # to standard error: where it hangs
         self._break(f"the engine has work and has finished nothing for {seconds:.0f} s")
 
     def _break(self, reason: str) -> None:

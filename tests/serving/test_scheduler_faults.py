@@ -142,7 +142,9 @@ def test_nothing_is_done_while_there_is_no_work(
 
 
 @pytest.mark.parametrize("hook", ["on_step", "on_search"])
-def test_an_engine_that_hangs_is_given_up_by_the_watchdog(hook: str) -> None:
+def test_an_engine_that_hangs_is_given_up_by_the_watchdog(
+    hook: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     # The watchdog looks every 10 ms of real time, and after each look so much passes on a clock that otherwise stands:
     # what passes between two looks that are far apart does not count.
     bench = Bench(FakeModel(), faults=FaultsConfig(stall_s=0.2))
@@ -164,6 +166,7 @@ def test_an_engine_that_hangs_is_given_up_by_the_watchdog(hook: str) -> None:
         wait_until(lambda: bool(bench.fatal) or watchdog._looked_s == bench.clock.now_s)
     assert all(one.over.wait(LIMIT_S) for one in heard)
     assert "has finished nothing" in bench.fatal[0]
+    assert " in hang\n" in capfd.readouterr().err  # where every thread stands
     assert [one.status for one in heard] == [500, 503 if beams else 500, 503]
     assert len(bench.notes.records) == 3
     # It comes back: nothing is said twice.

@@ -62,7 +62,7 @@ class Watchdog:
         self._seen: float | None = None
         self._lost_s = 0.0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="engine-watchdog", daemon=True)
 
     def moved(self) -> None:
         """Work was finished, or begins now."""

@@ -94,6 +94,7 @@ def test_after_kill_9_of_one_the_other_ends_and_the_restarted_run_is_the_same_bi
     workdir = tmp_path / "run"
     with inputs.start(workdir) as run:
         run.wait_for_step(14)
+        run.wait_until(lambda: bool(saved_steps(workdir)), what="a checkpoint")  # of step 10
         run.signal(1, signal.SIGKILL)
         survivor, killed = run.codes()
         assert killed == -signal.SIGKILL

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from minigpt4_jax.serve_config import ServeConfig
 from minigpt4_jax.serving.chat_route import MOST_EVENTS, Letter, stream_bytes
 from minigpt4_jax.serving.jobs import Done, Event, Job, Piece, Started
 from minigpt4_jax.serving.mailbox import Mailbox, Post
 from minigpt4_jax.serving.pictures import PictureReader
 from minigpt4_jax.serving.replies import ChatReply
 from tests.planted import encoded
-from tests.serving.running import CHAT, Running, chat_body, wait_until
+from tests.serving.fakes import FakeModel
+from tests.serving.running import CHAT, Running, chat_body, run_server, wait_until
 
 
 def with_picture(running: Running, data: bytes, **fields: Any) -> bytes:
@@ -86,6 +88,24 @@ def test_the_time_of_a_request_begins_when_it_arrives(
     assert jobs[0].arrived_s <= began[0]
     limit_s = tiny_server.server.config.limits.request_timeout_s
     assert jobs[0].deadline_s == jobs[0].arrived_s + limit_s
+
+
+def test_what_one_key_asked_is_reused_for_that_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    salts: list[object] = []
+    config = ServeConfig(model="tiny", port=0, context=128, num_slots=1)
+    with run_server(FakeModel(num_slots=1), config, keys=("one", "two")) as running:
+        submit = running.server.scheduler.submit
+
+        def note(job: Job) -> None:
+            salts.append(job.salt)
+            submit(job)
+
+        monkeypatch.setattr(running.server.scheduler, "submit", note)
+        for key in ("one", "two", "one"):
+            assert running.chat_with_key(key)[0] == 200
+    first, other, again = salts
+    assert first == again != other
+    assert None not in salts
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from minigpt4_jax.config import ModelConfig, UserError
-from minigpt4_jax.generation.ahead import Job, core_jobs, other_jobs
+from minigpt4_jax.generation.ahead import compile_size, core_sizes, other_sizes
 from minigpt4_jax.generation.beam import BeamRules
 from minigpt4_jax.generation.beam_search import LENGTH_BEFORE, BeamSearch, BeamSteps, Hypothesis
 from minigpt4_jax.generation.loop import Loop
@@ -35,7 +35,9 @@ from minigpt4_jax.models.layout import DECODE, Layout
 from minigpt4_jax.models.minigpt4 import Params
 
 CompileProgress = Callable[[int, int], None]
-"""Called with (programs done, programs in all)."""
+"""Called with (sizes done, sizes in all)."""
+LOOK_S = 0.5
+"""How often `compile_wanted` looks whether to go on while nothing is wanted."""
 
 
 class Engine(Loop):
@@ -97,8 +99,14 @@ class Engine(Loop):
 
     @property
     def compiled_programs(self) -> int:
-        """How many programs were compiled so far. After `ready` only `compile_rest` adds to them."""
+        """How many programs were compiled so far. After `ready` only `compile_rest` and `compile_wanted` add to
+        them."""
         return self._runner.programs.compiled
+
+    @property
+    def programs_left(self) -> int:
+        """Sizes that are wanted and not compiled yet: `compile_rest` and `compile_wanted` are at it, if they run."""
+        return self._runner.programs.left
 
     def compile_core(self, progress: CompileProgress | None = None) -> None:
         """Compiles what any request can be served with, ahead; the engine is `ready` then.
@@ -106,20 +114,40 @@ class Engine(Loop):
         A request that no compiled program fits exactly runs with the next larger one. Without this, programs are
         compiled when they are first wanted. Beams and `score` are not among them: they compile at their first use.
         """
-        self._compile(core_jobs(self._runner, self._state), progress)
+        sizes = core_sizes(self._runner)
+        with self._runner.programs.ahead():
+            for number, size in enumerate(sizes):
+                compile_size(self._runner, self._state, size)
+                if progress is not None:
+                    progress(number + 1, len(sizes))
         self._runner.programs.closed = True
 
-    def compile_rest(self, progress: CompileProgress | None = None) -> None:
+    def compile_rest(self) -> None:
         """Compiles the other sizes, which make requests cheaper. May run in a thread of its own while requests are
         served; what it compiled is used as soon as it is there."""
-        self._compile(other_jobs(self._runner, self._state), progress)
+        self.want_rest()
+        while self._compile_next(timeout_s=0.0):
+            pass
 
-    def _compile(self, jobs: Sequence[Job], progress: CompileProgress | None) -> None:
-        with self._runner.programs.ahead():
-            for number, job in enumerate(jobs):
-                job()
-                if progress is not None:
-                    progress(number + 1, len(jobs))
+    def want_rest(self) -> None:
+        """Leaves the other sizes to `compile_wanted`."""
+        for size in other_sizes(self._runner):
+            self._runner.programs.want(size)
+
+    def compile_wanted(self, go_on: Callable[[], bool]) -> None:
+        """As `compile_rest`, but only sizes that a request would have run with, had they been there; waits for more
+        until `go_on()`, asked between two of them and `LOOK_S` apart, is False. For a thread of its own.
+
+        Raises what the compiler raises; that size is not tried again, and the method can be called again.
+        """
+        while go_on():
+            self._compile_next(timeout_s=LOOK_S)
+
+    def _compile_next(self, *, timeout_s: float) -> bool:
+        with self._runner.programs.next_wanted(timeout_s=timeout_s) as size:
+            if size is not None:
+                compile_size(self._runner, self._state, size)
+            return size is not None
 
     # --- other weights ---
 
@@ -255,6 +283,11 @@ class Engine(Loop):
             context=self.context,
             width=self.config.llama.width,
         )
+
+    @property
+    def encoded_together(self) -> int:
+        """How many pictures `encode_images` takes through the tower at once, at most."""
+        return self._runner.encoded_together[-1]
 
     def encode_images(
         self, images: Float[np.ndarray, "I height width 3"]

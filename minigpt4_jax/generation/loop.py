@@ -160,23 +160,26 @@ class Loop:
     def _admit(self) -> None:
         """Fills free slots from the queue.
 
-        Until half of the slots are taken prompts go first, since a step over few rows costs nearly as much as one over
-        many; then at most one batch of prompts is read per step, so that answers under way are held up by no more.
+        Until half of the slots are taken prompts go first, as many as `Runner.read_tokens` allows, since a step over
+        few rows costs nearly as much as one over many; then at most one batch of prompts is read per step, so that
+        answers under way are held up by no more.
         """
-        read = False
+        read, most = 0, self._runner.read_tokens  # tokens
         while self._waiting and None in self._slots:
             generation = self._waiting[0]
             if generation.shared.prefix is None:
-                if read and 2 * self.free_slots <= self.num_slots:
+                half = 2 * self.free_slots <= self.num_slots
+                if read and (half or read + generation.length > most):
                     return
-                read = True
                 if self._extend(generation):
+                    read += generation.length - generation.reused
                     continue
-                self._read_prompts()
+                read += self._read_prompts()
             self._insert(generation)
 
-    def _read_prompts(self) -> None:
-        """Reads the prompt of the first in the queue, with others of its size that could be let in too."""
+    def _read_prompts(self) -> int:
+        """Reads the prompt of the first in the queue, with others of its size that could be let in too. Returns the
+        number of tokens, with their padding."""
         sizes = self._runner.prompt_sizes
         group = [self._waiting[0]]
         for generation in list(self._waiting)[1 : self.free_slots]:
@@ -191,6 +194,8 @@ class Loop:
         self.counters.prefills += 1
         for row, generation in enumerate(group):
             generation.shared.prefix = (prefix, row)
+        batch, size = key
+        return batch * size
 
     def _insert(self, generation: Generation) -> None:
         """Into the first free slot: the fewer rows a step runs over, the better."""

@@ -9,6 +9,7 @@ and abstract values never pass through the checked signatures of the states.
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from typing import Any
 import jax
 
 Key = tuple[int, ...]
+Size = tuple[str, Key]
+"""A program by its name, and its size."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,17 @@ class Programs:
     """The programs of one engine. `get` may be called from one thread while another compiles ahead."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, Key], Program] = {}
+        self._found: dict[Size, Program] = {}
         self._lock = threading.Lock()
+        self._naming = threading.Lock()
         self._thread = threading.local()
         self.closed = False
         """True after everything that requests need was compiled: nothing is compiled for a request any more."""
         self.compiled = 0
         """Programs compiled so far."""
+        self._wanted: queue.SimpleQueue[Size] = queue.SimpleQueue()
+        self._named: set[Size] = set()  # wanted ever
+        self._tried = 0
 
     def get(self, name: str, key: Key, compile_it: Callable[[], Program]) -> Program:
         """The program of this name and key; compiled now, if need be and allowed.
@@ -107,6 +114,32 @@ class Programs:
         finally:
             self._thread.ahead = False
 
+    def want(self, size: Size) -> None:
+        """Has a size compiled by whoever asks `next_wanted`; only once, whatever came of it."""
+        with self._naming:
+            if size not in self._named:
+                self._named.add(size)
+                self._wanted.put(size)
+
+    @contextmanager
+    def next_wanted(self, *, timeout_s: float) -> Iterator[Size | None]:
+        """Gives the size that is wanted for the longest time, to be compiled inside; None if there is none."""
+        try:
+            size = self._wanted.get(timeout=timeout_s)
+        except queue.Empty:
+            yield None
+            return
+        try:
+            with self.ahead():
+                yield size
+        finally:
+            self._tried += 1
+
+    @property
+    def left(self) -> int:
+        """Sizes that are wanted and not compiled yet, the one under way among them."""
+        return len(self._named) - self._tried
+
     @property
     def _is_ahead(self) -> bool:
         return getattr(self._thread, "ahead", False)
@@ -116,13 +149,15 @@ class Programs:
         return sorted(key for found, key in list(self._found) if found == name)
 
     def choose(self, name: str, wanted: Key) -> Key:
-        """The sizes to run with: `wanted` while programs may be compiled; then the least compiled ones that hold it.
+        """The sizes to run with: `wanted` while programs may be compiled; then the least compiled ones that hold it,
+        and somebody may compile `wanted` beside requests.
 
         Raises:
             NotCompiled: nothing that was compiled ahead is large enough.
         """
         if not self.closed or self._is_ahead or (name, wanted) in self._found:
             return wanted
+        self.want((name, wanted))
         for key in self.keys(name):
             if all(have >= need for have, need in zip(key, wanted, strict=True)):
                 return key

@@ -49,6 +49,11 @@ ENCODED_TOGETHER = {"cpu": (1, 4)}
 """How many pictures are encoded at once, by platform: 16 take half as long again for each of them on a CPU as 4 do."""
 ENCODED_TOGETHER_ELSEWHERE = (1, 4, 16)
 
+READ_TOKENS = {"cpu": 2048}
+"""Tokens of prompts that are read between two steps of the slots, by platform, padding among them: what bounds how long
+answers under way are held up, and the memory of the activations. A longer prompt is read alone."""
+READ_TOKENS_ELSEWHERE = 8192
+
 ANY_REQUEST = Request(prompt=(0,), max_new_tokens=1)
 """Stands for any request where only shapes matter."""
 
@@ -95,6 +100,7 @@ class Runner:
         self._cache_sharding: jax.sharding.Sharding
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         self.encoded_together = ENCODED_TOGETHER.get(device.platform, ENCODED_TOGETHER_ELSEWHERE)
+        self.read_tokens = READ_TOKENS.get(device.platform, READ_TOKENS_ELSEWHERE)
         if mesh is None:
             self._everywhere = self._cache_sharding = SingleDeviceSharding(device)
         else:
@@ -122,7 +128,7 @@ class Runner:
     def prompt_key(self, prompts: int, length: int) -> tuple[int, int]:
         """How many prompts of this length to read together, at most `prompts`, and to what length they are padded."""
         size = self.prompt_sizes.fit(length)
-        for together in sorted(READ_TOGETHER, reverse=True):
+        for together in reversed(self.read_together(size)):
             if together <= prompts:
                 try:  # what puts them into a slot is compiled last
                     batch, size = self.programs.choose("insert", (together, size))
@@ -130,6 +136,11 @@ class Runner:
                     continue
                 return batch, size
         raise NotCompiled(f"No program reads a prompt of {length} tokens.")
+
+    def read_together(self, size: int) -> tuple[int, ...]:
+        """How many prompts of this padded length may be read at once, ascending."""
+        most = max(1, self.read_tokens // size)
+        return tuple(count for count in READ_TOGETHER if count <= min(most, self._num_slots))
 
     def read(self, requests: Sequence[Request], key: tuple[int, int]) -> Prefix:
         """Prompts through `prefill`, padded to `key`: (prompts, tokens)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from minigpt4_jax.generation.sampling import TOP_LOGPROBS
 from tests.engines import (
     answer,
     answer_all,
-    counted_compiles,
     drawn,
     make_engine,
     make_request,
@@ -65,6 +63,26 @@ def test_more_requests_than_slots_take_turns(engine: Engine) -> None:
     assert found == [list(engine.stream(request)) for request in requests]
     assert engine.free_slots == SLOTS
     assert not engine.busy
+
+
+def test_long_prompts_that_come_together_are_not_all_read_before_the_next_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._runner, "read_tokens", 128)
+
+    def read_in_first_step(length: int) -> int:
+        waiting = [
+            engine.submit(make_request((text(length, length + s), None), steps=3)) for s in (0, 1)
+        ]
+        before = engine.counters.prefills
+        engine.step()
+        prompts = sum(generation.slot >= 0 for (generation,) in waiting)
+        assert engine.counters.prefills - before == 1
+        run(engine, [generation for (generation,) in waiting])
+        return prompts
+
+    assert read_in_first_step(90) == 1  # padded to 96 or 100
+    assert read_in_first_step(40) == 2
 
 
 def test_a_request_joins_while_others_run(engine: Engine) -> None:
@@ -405,62 +423,3 @@ def test_logits_that_are_not_finite_end_their_row_alone(
         assert answer_all(engine, [(good.prompt, None)] * SLOTS, steps=12, sampling=drawn(3)) == (
             [alone] * SLOTS
         )
-
-
-# --- compiling ahead ---
-
-
-def test_nothing_compiles_once_the_engine_is_ready(
-    tiny_params: Any, tiny_config: ModelConfig, prompts: Any
-) -> None:
-    reference = make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=SLOTS)
-    fresh = make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=SLOTS)
-    done: list[tuple[int, int]] = []
-    assert not fresh.ready
-    fresh.compile_core(lambda *numbers: done.append(numbers))
-    assert fresh.ready
-    assert done[-1][0] == done[-1][1] == len(done)
-    side = tiny_config.vit.image_size
-    pixels = np.random.default_rng(0).normal(size=(5, side, side, 3)).astype(np.float32)
-
-    def use(engine: Engine) -> list[list[int]]:
-        shown = engine.encode_images(pixels)
-        slots = [IMAGE_TOKEN_ID] * tiny_config.num_image_tokens
-        requests = [
-            *(make_request(prompt, logprobs=True) for prompt in prompts),
-            *(make_request((text(length, length), None), steps=4) for length in (1, 64, 65, 90)),
-            Request(prompt=[*slots, 5, *slots], image_embeds=shown[:2], max_new_tokens=9),
-            *(make_request((text(9), None), sampling=drawn(s, top_p=0.9)) for s in range(5)),
-        ]
-        found = [generation.ids for generation in engine.generate(requests)]
-        found += [answer(engine, ([*text(64, 64), 5, 6], None), steps=20)]
-        return found
-
-    compiled = fresh.compiled_programs
-    with counted_compiles() as compiles:
-        found = use(fresh)
-        assert compiles == []
-    assert fresh.compiled_programs == compiled
-    with counted_compiles() as compiles:
-        assert use(reference) == found
-        assert compiles, "the listener hears nothing; the test shows nothing"
-
-
-def test_the_rest_compiles_beside_requests_and_is_then_used(
-    tiny_params: Any, tiny_config: ModelConfig
-) -> None:
-    fresh = make_engine(tiny_params, tiny_config, context=70, num_slots=1)
-    fresh.compile_core()
-    core = fresh.compiled_programs
-    prompt = (text(50, 7), None)
-    thread = threading.Thread(target=fresh.compile_rest)
-    thread.start()
-    answers = [answer(fresh, prompt, sampling=drawn(1))]
-    while thread.is_alive():
-        answers.append(answer(fresh, prompt, sampling=drawn(1)))
-    assert fresh.compiled_programs > core
-    with counted_compiles() as compiles:
-        (last,) = fresh.generate([make_request(prompt, sampling=drawn(1))])
-        assert compiles == []
-    assert last.reused == 49, "extending is not among the rest"
-    assert {tuple(ids) for ids in answers} == {tuple(last.ids)}

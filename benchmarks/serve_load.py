@@ -333,15 +333,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.url:
         wait_until_compiled(args.url, key=args.key)
         return run(Bench(args.url.rstrip("/"), args, bare=None), results)
-    overrides = [*room(args.num_requests), *args.overrides]
+    overrides = ["compile_beside=all", *room(args.num_requests), *args.overrides]
     with ServerProcess(overrides, config=args.config) as server:
         server.wait_until_ready()
-        # Roughly: two that compile take longer than one.
-        wait_until_compiled(server.url, key=args.key, quiet_s=3.0)
+        wait_until_compiled(server.url, key=args.key)
         bare = Bare(args.config, args.overrides, max_tokens=args.max_tokens)
-        # Exactly: the pause may have been one between two large programs.
-        programs = bare.model.engine.compiled_programs
-        wait_until_compiled(server.url, key=args.key, programs=programs)
         run(Bench(server.url, args, bare=bare), results)
         code = server.stop()
     if code:

@@ -151,22 +151,12 @@ def wait_until(reached: Callable[[], bool], *, limit_s: float) -> bool:
     return True
 
 
-def wait_until_compiled(
-    url: str,
-    *,
-    key: str = "",
-    programs: int | None = None,
-    quiet_s: float = 10.0,
-    limit_s: float = 900.0,
-) -> None:
-    """Returns when nothing is compiled in the background any more: after `programs`, or where their number is not
-    known after `quiet_s` without another one. Ends the program after `limit_s`."""
-    end, last, since = time.monotonic() + limit_s, -1.0, time.monotonic()
-    while time.monotonic() < end:
-        now = read_metrics(url, key=key).get("compile_events_total", 0.0)
-        if now != last:
-            last, since = now, time.monotonic()
-        if now >= programs if programs is not None else time.monotonic() > since + quiet_s:
-            return
-        time.sleep(0.5)
-    raise SystemExit(f"The server has compiled {last:.0f} of {programs} programs in {limit_s} s.")
+def wait_until_compiled(url: str, *, key: str = "", limit_s: float = 900.0) -> None:
+    """Returns when nothing that is wanted so far is left to compile beside requests. Ends the program after
+    `limit_s`."""
+
+    def done() -> bool:
+        return not read_metrics(url, key=key).get("compile_pending", 0.0)
+
+    if not wait_until(done, limit_s=limit_s):
+        raise SystemExit(f"The server still compiles after {limit_s:.0f} s.")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from typing import Literal
 
 from minigpt4_jax.config import UserError, require_positive
 
+CompileBeside = Literal["wanted", "all", "none"]
 KEYS_VARIABLE = "MINIGPT4_API_KEYS"
 """Keys in the environment, separated by commas."""
 
@@ -144,6 +146,9 @@ class ServeConfig:
     """Longest prompt plus answer, in tokens. Harnesses ask for answers of up to 1,024."""
     num_slots: int = 8
     """Answers that are written side by side."""
+    compile_beside: CompileBeside = "wanted"
+    """Programs that are compiled while requests are served, behind the core that serves all of them with padding:
+    the sizes that requests wanted, `all` sizes in the first minutes, or `none`. Each takes memory of the process."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one, which is printed."""

@@ -298,7 +298,7 @@ def test_the_key_goes_with_every_request_to_a_keyed_server() -> None:
             url = f"http://127.0.0.1:{server.server_address[1]}"
             arguments = ["--url", url, "--key", "a-key", "--rate", "100", "--num-requests", "2"]
             args = serve_load.read_arguments(arguments)
-            server_process.wait_until_compiled(url, key=args.key, programs=0)
+            server_process.wait_until_compiled(url, key=args.key)
             row = serve_load.Bench(url, args, bare=None).load(0, rate=100.0, said="x")
         finally:
             server.shutdown()

@@ -164,3 +164,5 @@ class Load:
     """Share of the KV cache's places that hold something that is being answered, 0 to 1."""
     stalled_s: float
     """For so long there was work and no step was finished; 0 when idle."""
+    programs_left: int
+    """Sizes that wait for being compiled beside the jobs."""

@@ -275,6 +275,11 @@ class _Now(Collector):
             "Seconds since the engine finished a step, while there is work; else 0.",
             load.stalled_s,
         )
+        yield self._gauge(
+            "compile_pending",
+            "Sizes of programs that wait for being compiled beside the requests.",
+            load.programs_left,
+        )
         if self._image_cache is not None:
             yield self._counter(
                 "image_cache_hits", "Pictures that were not encoded again.", self._image_cache.hits

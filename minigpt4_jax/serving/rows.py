@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Generator, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from minigpt4_jax.conversation import AnswerStream
 from minigpt4_jax.data.prompts import Template, clean_answer
@@ -142,6 +142,8 @@ class Task:
         self.search: Generator[None, None, list[list[int]]] | None = None
         """With beams: what is left of its search, until the job is out of the engine."""
         self.rows: list[Row] = []
+        self.embeds: list[Any] = []
+        """Of its pictures, those that are encoded; in the end all."""
         self.started = False
         self.cached_tokens = 0
         self.taken_s: float | None = None

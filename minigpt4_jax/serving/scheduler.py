@@ -17,7 +17,7 @@ from typing import Literal
 
 from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.generation.engine import CompileProgress
-from minigpt4_jax.serve_config import FaultsConfig
+from minigpt4_jax.serve_config import CompileBeside, FaultsConfig
 from minigpt4_jax.serving.errors import ApiError, internal, timed_out, unavailable
 from minigpt4_jax.serving.jobs import Failed, Job, Load, Observer
 from minigpt4_jax.serving.register import Quiet, Register
@@ -40,6 +40,7 @@ class Scheduler:
     Args:
         model: nobody else may use it between `start` and `close`, but for `encoder.prepare` and conversations.
         max_waiting: jobs that may wait for a slot.
+        beside: which programs are compiled behind the core, beside the jobs.
         observer: what it raises is logged and goes no further.
         on_fatal: called once, on any thread, when the engine is given up, with the reason: the state is "broken" then,
             and all jobs were told. Must not block.
@@ -51,6 +52,7 @@ class Scheduler:
         model: MiniGPT4,
         *,
         max_waiting: int,
+        beside: CompileBeside,
         faults: FaultsConfig,
         observer: Observer,
         on_fatal: Callable[[str], None],
@@ -83,7 +85,8 @@ class Scheduler:
             clock=clock,
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._compiler = threading.Thread(target=self._compile_rest, name="compiler", daemon=True)
+        self._beside = beside
+        self._compiler = threading.Thread(target=self._compile, name="compiler", daemon=True)
 
     # --- any thread ---
 
@@ -140,6 +143,7 @@ class Scheduler:
             num_slots=num_slots,
             cache_usage=used / (num_slots * self._context),
             stalled_s=self._watchdog.stalled_s,
+            programs_left=0 if self._beside == "none" else self._engine.programs_left,
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -228,7 +232,8 @@ class Scheduler:
         try:
             if not self.prepare():
                 return
-            self._compiler.start()
+            if self._beside != "none":
+                self._compiler.start()
             self._watchdog.start()
             while self._await_work():
                 self.turn()
@@ -243,7 +248,8 @@ class Scheduler:
         are the thread."""
 
         def tell(done: int, total: int) -> None:
-            self._go_on()
+            if not self._living:
+                raise _Closed
             if self._progress is not None:
                 self._progress(done, total)
 
@@ -251,24 +257,25 @@ class Scheduler:
             self._engine.compile_core(tell)
         except _Closed:
             return False
+        if self._beside == "all":
+            self._engine.want_rest()
         with self._lock:
             if self._state == "starting":
                 self._state = "ready"
             self._lock.notify_all()
             return self._state != "stopped"
 
-    def _go_on(self) -> None:
-        if self._state in ("broken", "stopped"):
-            raise _Closed
+    @property
+    def _living(self) -> bool:
+        return self._state not in ("broken", "stopped")
 
-    def _compile_rest(self) -> None:
-        try:
-            self._engine.compile_rest(lambda _done, _total: self._go_on())
-        except _Closed:
-            pass
-        # Those sizes only make requests cheaper; the core serves all of them.
-        except Exception:
-            logger.exception("Compiling the other sizes failed; requests go on without them")
+    def _compile(self) -> None:
+        while self._living:
+            try:
+                self._engine.compile_wanted(lambda: self._living)
+            # That size only makes requests cheaper; the core serves all of them.
+            except Exception:
+                logger.exception("Compiling another size failed; requests go on without it")
 
     def _await_work(self) -> bool:
         """Sleeps while there is nothing to do; False when the thread has to end."""
@@ -292,7 +299,7 @@ class Scheduler:
         if taken:
             self._slots.begin(taken)
             self._sweep()
-        if self._slots.busy and self._state not in ("broken", "stopped"):
+        if self._slots.busy and self._living:
             self._slots.step()
             self._sweep()
         self._slots.check()

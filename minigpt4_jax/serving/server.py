@@ -158,6 +158,7 @@ class Server:
         self.scheduler = Scheduler(
             model,
             max_waiting=config.limits.max_waiting,
+            beside=config.compile_beside,
             faults=config.faults,
             observer=self.metrics,
             on_fatal=self._on_fatal,

@@ -11,12 +11,12 @@ this fails too is it a fault of the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from minigpt4_jax.api import MiniGPT4
 from minigpt4_jax.asking import make_request, pick_seed, search_steps
 from minigpt4_jax.generation.requests import Generation, Request
+from minigpt4_jax.image_cache import PreparedImage
 from minigpt4_jax.serving.errors import internal
 from minigpt4_jax.serving.jobs import Done, Event, Failed, Observer, Outcome, Started
 from minigpt4_jax.serving.rows import Row, Task
@@ -57,6 +57,7 @@ class Slots:
         self._engine, self._encoder, self._observer = model.engine, model.encoder, observer
         self._tell, self._end, self._fault, self._moved = tell, end, fault, moved
         self._clock = clock
+        self._unseen: list[Task] = []  # whose pictures are not all encoded
         self._not_finite = False
         self._suspect = False  # something beside the slots failed, and no step came after it
 
@@ -78,58 +79,74 @@ class Slots:
         self.tasks = (*self.tasks, *tasks)
 
     def begin(self, tasks: Sequence[Task]) -> None:
-        """Encodes the pictures of reserved jobs together, and submits them."""
-        for task, embeds in self._encode(tasks):
-            if task.over:
-                continue
-            try:
-                self._submit(task, _request(task, embeds))
-            # The engine refused this request alone, or this job cannot be read: nobody else has a part in it.
-            except Exception as error:
-                self._fail(task, error)
+        """Submits reserved jobs; those with pictures once these are encoded, a batch with each `step`."""
+        for task in tasks:
+            if task.job.conversation.pictures:
+                self._unseen.append(task)
+            else:
+                self._submit(task)
 
-    def _encode(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, list[Any]]]:
-        shown = [picture for task in tasks for picture in task.job.conversation.pictures]
+    def _encode(self) -> None:
+        """Encodes the next batch of pictures, and submits the jobs that have all of theirs. No more at once: it is the
+        time that answers under way are held up, and that a stall takes to be one."""
+        batch: list[tuple[Task, Sequence[PreparedImage]]] = []
+        left = self._engine.encoded_together
+        for task in self._unseen:
+            if not task.over:
+                first = len(task.embeds)
+                batch.append((task, task.job.conversation.pictures[first : first + left]))
+                left -= len(batch[-1][1])
+            if not left:
+                break
         try:
-            embeds = iter(self._encoder.embed(shown) if shown else ())
+            embeds = iter(self._encoder.embed([picture for _, part in batch for picture in part]))
         # Whatever the device raises; the slots are not touched by it.
         except Exception as error:
             self._suspect = True
-            yield from self._encode_singly(tasks, error)
-            return
+            self._encode_singly(batch, error)
+        else:
+            for task, part in batch:
+                task.embeds += [next(embeds) for _ in part]
         self._moved()
-        for task in tasks:
-            yield task, [next(embeds) for _ in task.job.conversation.pictures]
+        seen = [t for t in self._unseen if len(t.embeds) == len(t.job.conversation.pictures)]
+        self._unseen = [task for task in self._unseen if task not in seen and not task.over]
+        for task in seen:
+            if not task.over:
+                self._submit(task)
 
     def _encode_singly(
-        self, tasks: Sequence[Task], error: Exception
-    ) -> Iterator[tuple[Task, list[Any]]]:
+        self, batch: Sequence[tuple[Task, Sequence[PreparedImage]]], error: Exception
+    ) -> None:
         """After a failure: only those fail whose own pictures cannot be encoded."""
-        if len(tasks) > 1:
-            names = ", ".join(task.job.id for task in tasks)
+        if len(batch) > 1:
+            names = ", ".join(task.job.id for task, _ in batch)
             logger.warning("Encoding the pictures of %s together failed", names, exc_info=error)
-        for task in tasks:
+        for task, part in batch:
             if task.over:  # cancelled, or the engine was given up meanwhile
                 continue
-            if len(tasks) == 1:
+            if len(batch) == 1:
                 self._fail(task, error)
                 return
             try:
-                embeds = list(self._encoder.embed(task.job.conversation.pictures))
+                task.embeds += self._encoder.embed(part)
             # As above.
             except Exception as own:
                 self._fail(task, own)
                 continue
             self._moved()
-            yield task, embeds
 
-    def _submit(self, task: Task, request: Request) -> None:
-        if task.searches:
-            task.search = search_steps(self._engine, request, generation=task.job.generation)
-            return
-        task.handles = self._engine.submit(request, count=task.job.n)
-        for _ in task.handles:
-            task.new_row()
+    def _submit(self, task: Task) -> None:
+        try:
+            request = _request(task)
+            if task.searches:
+                task.search = search_steps(self._engine, request, generation=task.job.generation)
+                return
+            task.handles = self._engine.submit(request, count=task.job.n)
+            for _ in task.handles:
+                task.new_row()
+        # The engine refused this request alone, or this job cannot be read: nobody else has a part in it.
+        except Exception as error:
+            self._fail(task, error)
 
     def _search(self, task: Task) -> None:
         """A piece of a search, and its answers when it was the last."""
@@ -169,15 +186,21 @@ class Slots:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do."""
-        return self._steps or any(task.search and not task.over for task in self.tasks)
+        return (
+            self._steps
+            or bool(self._unseen)
+            or any(task.search and not task.over for task in self.tasks)
+        )
 
     @property
     def _steps(self) -> bool:
         return self._suspect or any(task.handles and not task.over for task in self.tasks)
 
     def step(self) -> None:
-        """A piece of the search that is under way and one step of the engine, and what they gave to whom. Raises what
-        the engine raises: it is lost then."""
+        """A batch of pictures, a piece of the search that is under way and one step of the engine, and what they gave
+        to whom. Raises what the engine raises: it is lost then."""
+        if self._unseen:
+            self._encode()
         for task in self.tasks:
             if task.search is not None and not task.over:
                 self._search(task)
@@ -263,6 +286,7 @@ class Slots:
             task.search = None
         for handle in task.handles:
             self._engine.cancel(handle)
+        self._unseen = [other for other in self._unseen if other is not task]
         self.tasks = tuple(other for other in self.tasks if other is not task)
 
     def check(self) -> None:
@@ -279,12 +303,12 @@ class Slots:
         )
 
 
-def _request(task: Task, embeds: Sequence[Any]) -> Request:
+def _request(task: Task) -> Request:
     job = task.job
     return make_request(
         job.conversation,
         job.prompt,
-        embeds,
+        task.embeds,
         generation=job.generation,
         seed=pick_seed(job.generation),
         max_new_tokens=job.max_new_tokens,

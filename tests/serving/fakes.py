@@ -29,7 +29,7 @@ from minigpt4_jax.generation.requests import Generation, Request, TokenLogprobs
 from minigpt4_jax.generation.residents import Resident
 from minigpt4_jax.image_cache import ImageCache, ImageEncoder
 from minigpt4_jax.presets import PRESETS
-from minigpt4_jax.serve_config import FaultsConfig
+from minigpt4_jax.serve_config import CompileBeside, FaultsConfig
 from minigpt4_jax.serving.errors import ApiError
 from minigpt4_jax.serving.jobs import (
     Done,
@@ -50,6 +50,9 @@ LIMIT_S = 60.0
 
 class FakeEngine(Engine):
     """Writes `script(request)`, one id a step and row, and does what its hooks say."""
+
+    programs_left = 0
+    encoded_together = 4
 
     def __init__(self, script: Callable[[Request], Sequence[int]], *, num_slots: int) -> None:
         self.num_slots, self.context = num_slots, 400
@@ -84,10 +87,6 @@ class FakeEngine(Engine):
 
     def compile_core(self, progress: Any = None) -> None:
         self.on_compile()
-        if progress is not None:
-            progress(1, 1)
-
-    def compile_rest(self, progress: Any = None) -> None:
         if progress is not None:
             progress(1, 1)
 
@@ -268,6 +267,7 @@ class Bench:
         model: MiniGPT4,
         *,
         max_waiting: int = 8,
+        beside: CompileBeside = "none",
         faults: FaultsConfig | None = None,
         real_time: bool = False,
     ) -> None:
@@ -278,6 +278,7 @@ class Bench:
         self.scheduler = Scheduler(
             model,
             max_waiting=max_waiting,
+            beside=beside,
             faults=faults or FaultsConfig(),
             observer=self.notes,
             on_fatal=self.fatal.append,

@@ -5,6 +5,7 @@ Not for: a process of its own (`test_process.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import socket
@@ -110,8 +111,8 @@ def chat_body(server: Server, **fields: Any) -> dict[str, Any]:
 def run_server(
     model: MiniGPT4, config: ServeConfig, *, keys: tuple[str, ...] = ()
 ) -> Iterator[Running]:
-    """Serves `model` until the block ends. The other sizes are never compiled: the tests need the time more."""
-    model.engine.compile_rest = lambda progress=None: None  # type: ignore[method-assign]
+    """Serves `model` until the block ends. Only the core is compiled: the tests need the time more."""
+    config = dataclasses.replace(config, compile_beside="none")
     said: list[str] = []
     ready = threading.Event()
 

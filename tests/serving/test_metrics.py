@@ -47,6 +47,7 @@ OWN = {
     "engine_stall_seconds": "gauge",
     "engine_faults": "counter",
     "compile_events": "counter",
+    "compile_pending": "gauge",
     "slot_leaks": "counter",
     "image_decode_seconds": "histogram",
     "image_cache_hits": "counter",
@@ -62,7 +63,15 @@ PROCESS = {
     "process_max_fds": "gauge",
     "process_start_time_seconds": "gauge",
 }
-LOAD = Load(waiting=3, running=2, busy_slots=5, num_slots=8, cache_usage=0.25, stalled_s=1.5)
+LOAD = Load(
+    waiting=3,
+    running=2,
+    busy_slots=5,
+    num_slots=8,
+    cache_usage=0.25,
+    stalled_s=1.5,
+    programs_left=6,
+)
 RECORD = JobRecord(
     outcome="stop",
     prompt_tokens=100,
@@ -138,6 +147,7 @@ def test_gauges_are_of_the_moment_of_the_scrape() -> None:
         ("slots", 8, 8),
         ("kv_cache_usage_perc", 0.25, 0.25),
         ("engine_stall_seconds", 1.5, 1.5),
+        ("compile_pending", 6, 6),
     ):
         assert [f[name].samples[0].value for f in (first, second)] == [before, after], name
 

@@ -9,6 +9,7 @@ import pytest
 from minigpt4_jax import GenerationConfig, MiniGPT4
 from minigpt4_jax.config import ModelConfig
 from minigpt4_jax.data.tokenizer import Tokenizer
+from minigpt4_jax.serve_config import CompileBeside
 from minigpt4_jax.serving.jobs import Piece
 from tests.serving.fakes import LIMIT_S, Bench, Listener, running, wait_until
 from tests.tiny_model import load_tiny, write_tiny_projection
@@ -122,12 +123,13 @@ def test_beams_and_slots_give_the_answers_of_generate_side_by_side(
     assert [plain.text()] == alone
 
 
-def test_a_served_model_compiles_and_answers_in_a_thread_of_its_own(
-    model: MiniGPT4, pictures: Any
+@pytest.mark.parametrize("beside", ["none", "wanted", "all"])
+def test_a_served_model_compiles_and_answers_in_threads_of_its_own(
+    beside: CompileBeside, model: MiniGPT4, pictures: Any
 ) -> None:
     expected = model.generate([pictures[0], None, None], ["a", "b", "c"], generation=DRAWN)
     compiled = model.engine.compiled_programs
-    bench = Bench(model, real_time=True)
+    bench = Bench(model, beside=beside, real_time=True)
     with running(bench) as scheduler:
         heard = [
             bench.submit(question, pictures=pictures[:shown], generation=DRAWN)[1]
@@ -135,8 +137,10 @@ def test_a_served_model_compiles_and_answers_in_a_thread_of_its_own(
         ]
         assert all(one.over.wait(LIMIT_S) for one in heard)
         wait_until(lambda: scheduler.load().busy_slots == 0)
-        # The other sizes are compiled beside it, until somebody closes.
-        wait_until(lambda: model.engine.compiled_programs > compiled)
+        # Other sizes are compiled beside it, until somebody closes.
+        if beside != "none":
+            wait_until(lambda: model.engine.compiled_programs > compiled)
+    assert (model.engine.compiled_programs > compiled) == (beside != "none")
     assert [one.text() for one in heard] == expected
     assert scheduler.leaks == 0
     assert not bench.fatal

@@ -120,9 +120,10 @@ class FaultsConfig:
     max_faults: int = 3
     """Faults of the engine within `faults_window_s`; then the server is not ready any more and ends."""
     faults_window_s: float = 60.0
-    stall_s: float = 60.0
-    """An engine with work that does not move for so long is given up: the server ends. Longer than the longest compile
-    that can happen after the start (beams, on a CPU)."""
+    stall_s: float = 120.0
+    """An engine with work that does not move for so long is given up: the server ends. Longer than the longest piece of
+    work on a busy machine: a batch of pictures, a prompt of the whole context, or the compile that a first request with
+    beams may wait for."""
     drain_s: float = 30.0
     """After SIGTERM: what is being answered may go on for so long."""
 

@@ -5,8 +5,8 @@
 Requests with and without pictures, streamed or not, more at once than there are slots; a quarter of them leaves
 somewhere (`rude_clients.py`). Every ten seconds the process is looked at: resident memory, open files, threads, slots.
 The pictures come back after `QUESTIONS` requests: the cache of embeddings, which may grow to 256 MB, is filled during
-the warm-up, in which also the programs are compiled that the requests want, and neither is a part of the slope. Exits with 1 where a request that stayed was not answered, a slot stayed taken,
-or memory grew by more than `MAX_SLOPE`.
+the warm-up, in which also the programs are compiled that the requests want; neither is a part of the slope. Exits with 1
+where a request that stayed was not answered, a slot stayed taken, or memory grew by more than `MAX_SLOPE`.
 
 Not for: single faults (`serve_faults.py`), speed (`benchmarks/serve_load.py`).
 """

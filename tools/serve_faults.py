@@ -4,7 +4,7 @@
 
 Each part starts a server process of its own (`PARTS`), except that the first three share one. In all of them a request
 that nobody disturbed must be answered as it was before the trouble, no slot may stay taken, and the process must live,
-or end as it should. The parts that break the engine start `tools/faulty_server.py`; the last two have a cache folder
+or end as it should. The parts that break the engine are in `engine_faults.py`; the last two have a cache folder
 that cannot be written (a read-only mount and a full tmpfs, in a user namespace: `unshare`, util-linux).
 
 Not for: limits and refusals (`tests/serving`), memory over time (`serve_soak.py`). Exits with 1 if anything was wrong.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import json
 import random
 import signal
@@ -22,116 +21,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from convert.fetch import cache_folder
-from minigpt4_jax.exits import ENGINE_FAILED
 from tests.benchmark_scripts import load_script
-from tools.rude_clients import LEAVES, Leave, Visit, chat_request, crowd
+from tools.bystanders import AT_ONCE, Asking, Row, Wrong, require, statuses
+from tools.engine_faults import fault_storm, faults
+from tools.rude_clients import Visit, chat_request, crowd
 
-serve_load = load_script("serve_load")
 server_process = load_script("server_process")
 ServerProcess = server_process.ServerProcess
 
-AT_ONCE = 24
-"""Three times the slots, so that most wait; fewer than `limits.max_per_key`."""
-MAX_TOKENS = 16
-IDLE_S = 60.0
-"""The longest that a server may take to notice that all have left."""
 WRITE_TIMEOUT_S = 3.0
 GIVEN_UP_S = 180.0
 """The longest that a server may take to give a slow reader up: the buffers between the two are filled before."""
 SMALL_SEGMENT = 536
 """Bytes (RFC 9293's default). Of a loopback's segments of 64 kB Linux buffers 2.6 MB for the sender, a whole answer."""
-FAULTY = (sys.executable, "-m", "tools.faulty_server")
-MANY_FAULTS = "faults.max_faults=1000000"
-"""The server goes on, whatever happens."""
-Row = dict[str, Any]
-
-
-class Wrong(Exception):
-    """What should not have happened."""
-
-
-def require(holds: bool, said: str, found: object) -> None:
-    """Raises `Wrong`."""
-    if not holds:
-        raise Wrong(f"{said}: {found}")
-
-
-class Asking:
-    """Requests to one server, the same for the same seed."""
-
-    def __init__(self, server: Any, *, seed: int, max_tokens: int = MAX_TOKENS) -> None:
-        self.server, self.url, self.rng = server, server.url, random.Random(seed)
-        self._max_tokens = max_tokens
-        self._questions = serve_load.make_questions(24, pictures=0.5, seed=seed)
-        self.expected = self.alone()
-        """The answer to the first question, before any trouble."""
-
-    def body(self, number: int, *, stream: bool) -> bytes:
-        question = self._questions[number % len(self._questions)]
-        found: bytes = serve_load.chat_body(
-            question, model="smol", max_tokens=self._max_tokens, stream=stream
-        )
-        return found
-
-    def alone(self) -> str:
-        """One request among no others; raises `Wrong` unless it is answered."""
-        (found,) = asyncio.run(
-            crowd(
-                self.url, [(self.body(0, stream=False), False)], ["never"], at_once=1, rng=self.rng
-            )
-        )
-        require(found.status == 200 and found.whole, "a request that nobody disturbed", found)
-        return found.text
-
-    def many(self, count: int, *, leaving: float) -> list[Visit]:
-        """So many visits; this share of them leaves somewhere."""
-        rng = self.rng
-        bodies, leaves = [], []
-        for number in range(count):
-            stream = rng.random() < 0.5
-            bodies.append((self.body(number, stream=stream), stream))
-            leave: Leave = rng.choice(LEAVES) if rng.random() < leaving else "never"
-            leaves.append(leave)
-        return asyncio.run(crowd(self.url, bodies, leaves, at_once=AT_ONCE, rng=rng))
-
-    def left_behind(self) -> Row:
-        """Waits until the server is idle; what it still holds then, and how long it took to be."""
-        start = time.monotonic()
-        busy = ("num_requests_running", "num_requests_waiting", "slots_used")
-        found: dict[str, float] = {}
-
-        def idle() -> bool:
-            found.update(server_process.read_metrics(self.url))
-            return not any(found[name] for name in busy)
-
-        reached = server_process.wait_until(idle, limit_s=IDLE_S)
-        return {
-            "idle_after_s": round(time.monotonic() - start, 1),
-            "leaked_slots": int(found["slots_used"] + found.get("slot_leaks_total", 0)),
-            "left_requests": int(found["num_requests_running"] + found["num_requests_waiting"]),
-            "idle": reached,
-        }
-
-    def end(self) -> Row:
-        """The last words of a part: nothing leaked, the process lives and answers as before."""
-        left = self.left_behind()
-        require(left["idle"] and not left["leaked_slots"], "left behind", left)
-        require(self.server.alive, "the process has ended", self.server.process.returncode)
-        same = self.alone() == self.expected
-        require(same, "the answer alone", "another one than before")
-        return {**left, "alive": True, "answers_as_before": same}
-
-
-def statuses(visits: Sequence[Visit]) -> dict[str, int]:
-    """How often each status came; `none` where the client left before one."""
-    counts = collections.Counter(str(v.status) if v.status else "none" for v in visits)
-    return dict(sorted(counts.items()))
 
 
 # --- those who leave, those who are slow ---
@@ -226,80 +134,7 @@ def half_closed(server: Any, args: argparse.Namespace) -> Row:
     return {"requests": 20, "ends": dict(sorted(ends.items())), **asking.end()}
 
 
-# --- what breaks ---
-
-
-def faults(fault: str, share: float) -> Callable[[argparse.Namespace], Row]:
-    """The engine fails in this share of its steps (tokens for `nan`), and the server lives on."""
-
-    def part(args: argparse.Namespace) -> Row:
-        count = max(args.requests // 5, 20)
-        # It may break the request before the trouble too: the first answer comes from a server that is whole.
-        with ServerProcess() as whole:
-            whole.wait_until_ready()
-            expected = Asking(whole, seed=args.seed).expected
-        with ServerProcess([MANY_FAULTS], launcher=[*FAULTY, fault, str(share)]) as server:
-            server.wait_until_ready()
-            asking = _Stubborn(server, seed=args.seed)
-            require(
-                asking.expected == expected, "the answer of a server that fails", asking.expected
-            )
-            visits = asking.many(count, leaving=0.0)
-            failed = [v for v in visits if v.status == 500 or v.error.startswith("in the stream")]
-            whole_ones = [v for v in visits if v.status == 200 and v.whole and not v.error]
-            others = [v for v in visits if v not in failed and v not in whole_ones]
-            require(not others, "requests that were neither answered nor failed", others[:3])
-            require(
-                bool(failed) and bool(whole_ones),
-                "failed and whole",
-                (len(failed), len(whole_ones)),
-            )
-            injected = server.said().count("injected by tools")
-            metrics = server_process.read_metrics(server.url)
-            return {
-                "requests": len(visits),
-                "answered_whole": len(whole_ones),
-                "failed_as_injected": len(failed),
-                "statuses": statuses(visits),
-                "engine_faults": int(metrics["engine_faults_total"]),
-                "told_in_the_log": injected > 0 or fault == "nan",
-                **asking.end(),
-            }
-
-    return part
-
-
-class _Stubborn(Asking):
-    """Asks again until it is answered: this server fails by design."""
-
-    def alone(self) -> str:
-        for _ in range(50):
-            try:
-                return super().alone()
-            except Wrong as wrong:
-                last = wrong
-        raise last
-
-
-def fault_storm(args: argparse.Namespace) -> Row:
-    """Every step fails: after `faults.max_faults` the server is given up and its process ends, with its own code."""
-    with ServerProcess(launcher=[*FAULTY, "dispatch", "1.0"]) as server:
-        server.wait_until_ready()
-        body = serve_load.chat_body(
-            serve_load.Question("Name three fruits.", None),
-            model="smol",
-            max_tokens=8,
-            stream=False,
-        )
-        seen: list[Visit] = []
-        while server.alive and len(seen) < 100 and (not seen or seen[-1].status):
-            seen += asyncio.run(
-                crowd(server.url, [(body, False)], ["never"], at_once=1, rng=random.Random(0))
-            )
-        code = server.process.wait(timeout=60)
-    require(code == ENGINE_FAILED, f"the exit code, expected {ENGINE_FAILED}", code)
-    require(all(v.status in (0, 500, 503) for v in seen), "statuses", statuses(seen))
-    return {"exit_code": code, "statuses": statuses(seen)}
+# --- the end, and a cache folder that cannot be written ---
 
 
 def sigterm(args: argparse.Namespace) -> Row:
@@ -337,9 +172,6 @@ def sigterm(args: argparse.Namespace) -> Row:
         "late_request": late[0].status or "refused",
         "exit_code": code,
     }
-
-
-# --- a cache folder that cannot be written ---
 
 
 def cache(mount: str) -> Callable[[argparse.Namespace], Row]:

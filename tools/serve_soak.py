@@ -5,8 +5,8 @@
 Requests with and without pictures, streamed or not, more at once than there are slots; a quarter of them leaves
 somewhere (`rude_clients.py`). Every ten seconds the process is looked at: resident memory, open files, threads, slots.
 The pictures come back after `QUESTIONS` requests: the cache of embeddings, which may grow to 256 MB, is filled during
-the warm-up, in which also the programs are compiled that the requests want; neither is a part of the slope. Exits with 1
-where a request that stayed was not answered, a slot stayed taken, or memory grew by more than `MAX_SLOPE`.
+the warm-up, in which also the programs are compiled that the requests want; neither is a part of the slope. Exits with
+1 where a request that stayed was not answered, a slot stayed taken, or memory grew by more than `MAX_SLOPE`.
 
 Not for: single faults (`serve_faults.py`), speed (`benchmarks/serve_load.py`).
 """
@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from tests.benchmark_scripts import load_script
+from tools.bystanders import statuses
 from tools.rude_clients import LEAVES, Leave, Visit, visit
-from tools.serve_faults import statuses
 
 measuring = load_script("measuring")
 serve_load = load_script("serve_load")

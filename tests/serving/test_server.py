@@ -13,10 +13,8 @@ import pytest
 
 from minigpt4_jax import MiniGPT4
 from minigpt4_jax.config import UserError
-from minigpt4_jax.exits import ENGINE_FAILED, INTERRUPTED
 from minigpt4_jax.serve_config import (
     AccessConfig,
-    FaultsConfig,
     LimitsConfig,
     ServeConfig,
 )
@@ -29,7 +27,6 @@ from tests.serving.running import (
     Held,
     Running,
     chat_body,
-    held_stream,
     open_stream,
     read_all,
     read_until,
@@ -314,68 +311,6 @@ def test_a_request_whose_time_is_over_is_a_408_and_in_a_stream_an_event(model: M
             if not stream:  # the openai client asks again otherwise
                 assert b"x-should-retry: false\r\n" in found
             wait_until(lambda: running.idle)
-
-
-# --- the end ---
-
-
-def test_stopping_lets_answers_finish_and_refuses_new_ones(model: MiniGPT4) -> None:
-    with run_server(model, config()) as running, held_stream(running, model) as (connection, held):
-        running.stop()
-        wait_until(lambda: running.server.scheduler.state == "draining")
-        status, _, body = running.ask("GET", "/ready")
-        assert (status, body["error"]["code"]) == (503, "service_unavailable")
-        assert running.ask("GET", "/health")[0] == 200
-        status, headers, body = running.chat()
-        assert (status, headers["retry-after"]) == (503, "10")
-        assert body["error"]["code"] == "service_unavailable"
-        held.go_on()
-        assert read_until(connection, b"[DONE]")
-    assert running.codes == [0]
-
-
-def test_what_is_not_answered_in_time_ends_with_an_error_event(model: MiniGPT4) -> None:
-    faults = FaultsConfig(drain_s=0.1)
-    with (
-        run_server(model, config(faults=faults)) as running,
-        held_stream(running, model) as (connection, held),
-    ):
-        running.stop()
-        body = read_until(connection, b"service_unavailable")
-        assert b"[DONE]" not in body
-        held.go_on()
-    assert running.codes == [0]
-
-
-def test_a_second_signal_ends_at_once(model: MiniGPT4) -> None:
-    with run_server(model, config()) as running, held_stream(running, model) as (_, held):
-        running.stop()
-        wait_until(lambda: running.server.scheduler.state == "draining")
-        running.stop()
-        wait_until(lambda: running.codes != [])
-        held.go_on()
-        running.server.scheduler.close()
-    assert running.codes == [INTERRUPTED]
-
-
-def test_an_engine_that_is_given_up_ends_the_server_with_its_own_code(model: MiniGPT4) -> None:
-    faults = FaultsConfig(max_faults=1)
-    with run_server(model, config(faults=faults)) as running:
-        dispatch = model.engine._dispatch
-
-        def broken() -> Any:
-            raise RuntimeError("the device is gone, at 0x7f00")
-
-        model.engine._dispatch = broken  # type: ignore[method-assign]
-        status, _, body = running.chat()
-        assert (status, body["error"]["code"]) == (500, "internal_error")
-        assert "0x7f00" not in json.dumps(body)
-        assert running.ask("GET", "/ready")[0] == 200  # one fault is mended
-        assert running.chat()[0] == 500
-        wait_until(lambda: running.codes != [])
-        running.server.scheduler.close()
-        model.engine._dispatch = dispatch  # type: ignore[method-assign]
-    assert running.codes == [ENGINE_FAILED]
 
 
 # --- the socket ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -13,13 +14,13 @@ import pytest
 import yaml
 
 from minigpt4_jax import MiniGPT4, cli, cli_serve
-from minigpt4_jax.exits import INTERRUPTED
+from minigpt4_jax.exits import ENGINE_FAILED, INTERRUPTED
 from minigpt4_jax.serve_config import FaultsConfig, ServeConfig
 from minigpt4_jax.serving import server as server_module
 from minigpt4_jax.serving.scheduler import JOIN_S
 from minigpt4_jax.serving.server import LAST_WORDS_S
 from tests.serving.fakes import Bench, FakeModel, running
-from tests.serving.running import LIMIT_S, run_server, wait_until
+from tests.serving.running import LIMIT_S, held_stream, read_until, run_server, wait_until
 
 MANIFEST = Path(__file__).parents[2] / "deploy" / "serve" / "kubernetes.yaml"
 
@@ -29,8 +30,8 @@ def model(make_model: Callable[..., MiniGPT4]) -> MiniGPT4:
     return make_model(num_slots=1)
 
 
-def config() -> ServeConfig:
-    return ServeConfig(model="tiny", port=0, context=128, num_slots=1)
+def config(**fields: Any) -> ServeConfig:
+    return ServeConfig(model="tiny", port=0, context=128, num_slots=1, **fields)
 
 
 # --- the thread of the engine ---
@@ -137,3 +138,65 @@ def test_the_command_ends_its_process_whatever_threads_are_left(
     with pytest.raises(Ended) as ended:
         cli.main(["serve"])
     assert ended.value.args == (code,)
+
+
+# --- signals, and an engine that is given up ---
+
+
+def test_stopping_lets_answers_finish_and_refuses_new_ones(model: MiniGPT4) -> None:
+    with run_server(model, config()) as running, held_stream(running, model) as (connection, held):
+        running.stop()
+        wait_until(lambda: running.server.scheduler.state == "draining")
+        status, _, body = running.ask("GET", "/ready")
+        assert (status, body["error"]["code"]) == (503, "service_unavailable")
+        assert running.ask("GET", "/health")[0] == 200
+        status, headers, body = running.chat()
+        assert (status, headers["retry-after"]) == (503, "10")
+        assert body["error"]["code"] == "service_unavailable"
+        held.go_on()
+        assert read_until(connection, b"[DONE]")
+    assert running.codes == [0]
+
+
+def test_what_is_not_answered_in_time_ends_with_an_error_event(model: MiniGPT4) -> None:
+    faults = FaultsConfig(drain_s=0.1)
+    with (
+        run_server(model, config(faults=faults)) as running,
+        held_stream(running, model) as (connection, held),
+    ):
+        running.stop()
+        body = read_until(connection, b"service_unavailable")
+        assert b"[DONE]" not in body
+        held.go_on()
+    assert running.codes == [0]
+
+
+def test_a_second_signal_ends_at_once(model: MiniGPT4) -> None:
+    with run_server(model, config()) as running, held_stream(running, model) as (_, held):
+        running.stop()
+        wait_until(lambda: running.server.scheduler.state == "draining")
+        running.stop()
+        wait_until(lambda: running.codes != [])
+        held.go_on()
+        running.server.scheduler.close()
+    assert running.codes == [INTERRUPTED]
+
+
+def test_an_engine_that_is_given_up_ends_the_server_with_its_own_code(model: MiniGPT4) -> None:
+    faults = FaultsConfig(max_faults=1)
+    with run_server(model, config(faults=faults)) as running:
+        dispatch = model.engine._dispatch
+
+        def broken() -> Any:
+            raise RuntimeError("the device is gone, at 0x7f00")
+
+        model.engine._dispatch = broken  # type: ignore[method-assign]
+        status, _, body = running.chat()
+        assert (status, body["error"]["code"]) == (500, "internal_error")
+        assert "0x7f00" not in json.dumps(body)
+        assert running.ask("GET", "/ready")[0] == 200  # one fault is mended
+        assert running.chat()[0] == 500
+        wait_until(lambda: running.codes != [])
+        running.server.scheduler.close()
+        model.engine._dispatch = dispatch  # type: ignore[method-assign]
+    assert running.codes == [ENGINE_FAILED]

@@ -9,13 +9,14 @@ import base64
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Route, expect
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COFFEE, FLOWER = EXAMPLES / "coffee.jpg", EXAMPLES / "flower.jpg"
@@ -77,6 +78,16 @@ def png(*, width: int = 8, height: int = 8, colour: str = "red") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def refuse(status: int, message: str, *, code: str = "", **headers: str) -> Callable[[Route], None]:
+    """A route that answers as the server refuses."""
+    body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
+
+    def answer(route: Route) -> None:
+        route.fulfill(status=status, json=body, headers=headers)
+
+    return answer
 
 
 class Chatting:

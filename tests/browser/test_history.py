@@ -139,6 +139,33 @@ def test_deleting_a_chat_while_it_is_answered_leaves_nothing(chat: Chatting) -> 
     assert listed(chat) == []
 
 
+def test_a_chat_deleted_from_the_keyboard_leaves_the_focus_in_the_list(short: Chatting) -> None:
+    page = short.page
+    for question in ("What is a cup?", "What is a saucer?"):
+        page.click("#new-chat")
+        short.ask(question)
+    page.focus("[aria-label='Delete “What is a cup?”']")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Delete", exact=True).press("Enter")
+    short.until("document.querySelectorAll('.chat-link').length === 1")
+    assert page.evaluate("document.activeElement.id") == "new-chat"
+
+
+def test_the_list_of_chats_is_made_anew_only_when_it_changed(chat: Chatting) -> None:
+    made_anew = """async () => {
+      const { showChats } = await import("./sidebar.js");
+      const link = () => document.querySelector(".chat-link");
+      const show = (title) => showChats([{ id: "1", title }], "1", {});
+      show("A cup");
+      const first = link();
+      show("A cup");
+      const second = link();
+      show("A saucer");
+      return [first !== second, second !== link()];
+    }"""
+    assert chat.page.evaluate(made_anew) == [False, True]
+
+
 def test_an_answer_goes_on_while_another_chat_is_shown(chat: Chatting) -> None:
     chat.hold()
     chat.send("What is a cup?")

@@ -35,7 +35,7 @@ def refuse(route: Route) -> None:
     )
 
 
-@pytest.fixture(params=["desktop light", "desktop dark", "phone dark"])
+@pytest.fixture(params=["desktop light", "desktop dark", "phone light", "phone dark"])
 def seen(request: pytest.FixtureRequest) -> Chatting:
     """The page in each look."""
     size, theme = request.param.split()
@@ -81,7 +81,9 @@ def test_the_drawer_of_a_phone_is_accessible_and_gives_the_focus_back(phone: Cha
     assert not page.locator("#sidebar").is_visible()
     page.click("#open-sidebar")
     assert page.evaluate("document.activeElement.id") == "close-sidebar"
-    assert phone.axe_violations() == ""
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+        assert phone.axe_violations() == "", theme
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.id") == "open-sidebar"
     assert page.is_visible("#stop"), "Escape was for the drawer"
@@ -162,6 +164,28 @@ def test_a_dialog_gives_the_focus_back_to_what_opened_it(chat: Chatting) -> None
         assert chat.page.evaluate("document.activeElement.closest('dialog') !== null")
         chat.page.keyboard.press("Escape")
         assert chat.page.evaluate("document.activeElement.id") == button
+
+
+def test_a_button_that_goes_at_its_press_leaves_the_focus_in_a_useful_place(
+    chat: Chatting,
+) -> None:
+    page = chat.page
+
+    def focused_after(selector: str) -> str:
+        page.focus(selector)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(selector, state="hidden")
+        return page.evaluate("document.activeElement.id")
+
+    chat.answers("A cup.\n" * 100)
+    chat.ask("What is a cup?")
+    page.evaluate("document.querySelector('#log').scrollTop = 0")
+    page.wait_for_selector("#to-end:visible")
+    assert focused_after("#to-end") == "log"
+    page.set_input_files("#files", {"name": "notes.png", "mimeType": "", "buffer": b"dear diary"})
+    page.wait_for_selector(".note")
+    page.keyboard.press("Tab")
+    assert focused_after(".note .icon-button") == "question"
 
 
 def test_without_motion_nothing_moves(chat: Chatting) -> None:

@@ -35,6 +35,18 @@ HOLD_EXAMPLES = """
 }
 """
 
+LARGE_FILES = """
+(picture) => {
+  const bytes = Uint8Array.from(atob(picture), (each) => each.charCodeAt(0));
+  const padding = new Uint8Array(20 * 2 ** 20);
+  const transfer = new DataTransfer();
+  // Decoders read a PNG to its last chunk and leave what follows.
+  transfer.items.add(new File([bytes, padding], "large.png", { type: "image/png" }));
+  transfer.items.add(new File([padding, padding], "video.mp4", { type: "video/mp4" }));
+  return transfer;
+}
+"""
+
 
 def sent_pictures(body: dict[str, Any]) -> list[bytes]:
     """The pictures of a request, decoded."""
@@ -142,6 +154,46 @@ def test_a_picture_over_a_limit_or_of_another_format_is_drawn_anew_and_said(
     chat.answers()
     chat.ask("What is this?")
     assert sent_pictures(chat.bodies[0])[0].startswith(b"\xff\xd8\xff")
+
+
+@pytest.mark.parametrize("way", ["picked", "dropped"])
+def test_a_file_over_the_servers_limit_is_said_before_anything_is_sent(
+    chat: Chatting, way: str
+) -> None:
+    page = chat.page
+    files = page.evaluate_handle(LARGE_FILES, base64.b64encode(png()).decode())
+    if way == "picked":
+        page.evaluate(
+            "(files) => { const input = document.querySelector('#files'); input.files = files.files;"
+            " input.dispatchEvent(new Event('change')); }",
+            files,
+        )
+    else:
+        page.dispatch_event("#log", "drop", {"dataTransfer": files})
+    page.wait_for_selector(".note")
+    note = page.inner_text(".note span")
+    assert "large.png has more than 20 MiB; it is sent as a JPEG of 8 × 8." in note
+    assert "video.mp4 is not a picture that this browser can read." in note
+    assert chat.thumbs.count() == 1
+    assert chat.bodies == []
+    chat.answers()
+    chat.ask("What is this?")
+    (sent,) = sent_pictures(chat.bodies[0])
+    assert sent.startswith(b"\xff\xd8\xff")
+    assert len(sent) < 10_000
+
+
+def test_the_camera_of_a_phone_is_opened_and_its_photo_added(phone: Chatting) -> None:
+    with phone.page.expect_file_chooser() as opened:
+        phone.page.get_by_role("button", name="Take a photo").tap()
+    chooser = opened.value
+    assert chooser.element.get_attribute("capture") == "environment"
+    assert chooser.element.get_attribute("accept") == "image/*"
+    chooser.set_files(COFFEE)
+    phone.page.wait_for_selector("#attached img[alt='coffee.jpg']")
+    phone.answers()
+    phone.ask("What is this?")
+    assert sent_pictures(phone.bodies[0]) == [COFFEE.read_bytes()]
 
 
 def _avif() -> bytes:

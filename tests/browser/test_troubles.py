@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Browser, Route
 
-from tests.browser.chatting import QUESTIONS, Chatting, answer_of, piece
+from tests.browser.chatting import QUESTIONS, Chatting, answer_of, piece, refuse
 from tests.browser.conftest import KEY, Server
-
-
-def refuse(status: int, message: str, *, code: str = "", **headers: str) -> Callable[[Route], None]:
-    """A route that answers as the server refuses."""
-    body = {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
-
-    def answer(route: Route) -> None:
-        route.fulfill(status=status, json=body, headers=headers)
-
-    return answer
 
 
 @pytest.fixture
@@ -251,6 +240,43 @@ def test_a_key_is_asked_for_used_and_kept_as_chosen(server: Server, browser: Bro
     assert page.evaluate("sessionStorage.length") == 0
     assert page.evaluate("localStorage.getItem('minigpt4.key')") is None
     chat.close()
+
+
+def test_a_key_that_is_entered_late_asks_nothing_that_another_tab_has_gone_beyond(
+    chat: Chatting,
+) -> None:
+    chat.refusals = True
+    chat.answers()
+    chat.ask("What is a cup?")
+    chat.page.route(QUESTIONS, refuse(401, "A key, please."))
+    chat.send("What is a saucer?")
+    chat.page.wait_for_selector("#key-dialog[open]")
+    other = chat.another_tab()
+    chat.open(other, path=f"/#{chat.page.url.partition('#')[2]}")
+    other.fill("#question", "From the other tab")
+    other.press("#question", "Enter")
+    chat.page.bring_to_front()
+    chat.page.wait_for_selector(".turn:nth-of-type(3) .stats:not(:empty)", state="attached")
+    asked = len(chat.bodies)
+    chat.page.fill("#key-value", KEY)
+    chat.page.press("#key-value", "Enter")
+    chat.page.wait_for_selector("#key-dialog", state="hidden")
+    assert "From the other tab" in chat.turns.nth(2).inner_text()
+    assert len(chat.bodies) == asked
+
+
+def test_a_remark_that_is_there_already_is_not_said_again(chat: Chatting) -> None:
+    replaced = """async () => {
+      const { note } = await import("./dom.js");
+      const line = () => document.querySelector(".note");
+      note("The disk is full.");
+      const first = line();
+      note("The disk is full.");
+      const second = line();
+      note("The disk is away.");
+      return [first !== second, second !== line()];
+    }"""
+    assert chat.page.evaluate(replaced) == [False, True]
 
 
 def test_a_wrong_key_is_asked_for_again(server: Server, browser: Browser) -> None:

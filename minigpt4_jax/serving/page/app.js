@@ -2,11 +2,12 @@
 // Not for: how a part works; each has its module.
 
 import { listModels } from "./api.js";
-import { ask, isTold, newChat, picturesOf } from "./chat.js";
+import { isTold, newChat, newTurn, picturesOf, place } from "./chat.js";
 import { showCode } from "./code.js";
 import { Composer } from "./composer.js";
 import { openDialog } from "./dialogs.js";
 import { announce, byId, clearNote, note } from "./dom.js";
+import { Editing } from "./editing.js";
 import { startExamples } from "./examples.js";
 import { offerDownload } from "./export.js";
 import { openHistory } from "./history.js";
@@ -32,8 +33,6 @@ class App {
   constructor(history) {
     this.history = history;
     this.chat = newChat();
-    /** @type {Turn | null} */
-    this.editing = null;
     /** @type {import("./code.js").Asked | null} */
     this.asked = null;
     /** @type {Record<string, number>} */
@@ -52,21 +51,27 @@ class App {
     });
     this.library = new Library(this);
     this.composer = new Composer({ send: () => this.send(), others: () => picturesOf(this.chatBefore()) });
+    this.editing = new Editing(this);
     this.acts = {
-      edit: (turn) => this.edit(turn),
+      edit: (turn) => this.editing.begin(turn),
       again: (turn) => this.again(turn),
       newChat: () => this.library.begin(),
-      key: (turn) => this.enterKey(turn),
+      key: (turn) => this.enterKey(() => this.again(turn)),
       settings: () => openDialog("settings"),
     };
   }
 
   // --- asking ---
 
+  /** The turns of the chat that is shown, as they are shown. */
+  get turns() {
+    return this.runs.turnsOf(this.chat);
+  }
+
   /** The part of the chat that stays before the question that is being written. */
   chatBefore() {
-    const end = this.editing ? this.chat.turns.indexOf(this.editing) : this.chat.turns.length;
-    return { ...this.chat, turns: this.chat.turns.slice(0, end).filter(isTold) };
+    const end = this.editing.turn ? this.turns.indexOf(this.editing.turn) : this.turns.length;
+    return { ...this.chat, turns: this.turns.slice(0, end).filter(isTold) };
   }
 
   send() {
@@ -75,18 +80,28 @@ class App {
       note("An answer is being written. Stop it first, or wait.");
       return;
     }
-    const at = this.editing ? this.chat.turns.indexOf(this.editing) : this.chat.turns.length;
-    const turn = ask(this.chat, at, this.composer.question);
-    this.stopEditing({ text: "", pictures: [] });
+    const { chat } = this;
+    const edited = this.editing.turn;
+    const at = edited ? chat.turns.indexOf(edited) : chat.turns.length;
+    const turn = newTurn(this.composer.question);
+    // Answers that the new question replaces stay until it has one itself.
+    const replaces = chat.turns.slice(at).some(isTold);
+    if (replaces) chat.edit = { turn: edited.id, text: turn.text, pictures: turn.pictures, failure: null };
+    else place(chat, at, turn);
+    if (edited) this.editing.end();
+    else this.composer.set({ text: "", pictures: [] });
     clearNote();
-    this.run(turn);
+    this.run(turn, { at: replaces ? at : null });
   }
 
-  /** @param {Turn} turn */
-  async run(turn) {
+  /**
+   * @param {Turn} turn
+   * @param {{at?: number | null}} [how] as `Runs.start` takes it
+   */
+  async run(turn, how) {
     const { chat } = this;
     this.remarks.delete(turn.id);
-    const run = this.runs.start(chat, turn);
+    const run = this.runs.start(chat, turn, how);
     this.render();
     this.toEnd();
     this.focusAfterSending(turn);
@@ -95,7 +110,9 @@ class App {
       this.remarks.set(turn.id, "The same answer again. A temperature above 0, in the settings, brings others.");
       if (this.chat === chat) this.update(turn);
     }
-    if (turn.answer.failure?.status === 401) await this.enterKey(turn);
+    if (turn.answer.failure?.status !== 401 || this.chat !== chat) return;
+    if (run.at === null) await this.enterKey(() => this.again(turn));
+    else if (this.editing.turn) await this.enterKey(() => this.send());
   }
 
   /** @param {Turn} turn whose answer is awaited */
@@ -112,26 +129,23 @@ class App {
     return /** @type {HTMLElement | null} */ (document.querySelector(`[data-turn="${turn.id}"]`));
   }
 
-  /** @param {Turn} turn */
+  /** @param {Turn} turn the last one: another tab may have gone on meanwhile */
   again(turn) {
-    if (this.runs.of(this.chat)) return;
-    this.chat.turns.splice(this.chat.turns.indexOf(turn) + 1);
-    this.run(turn);
+    if (!this.runs.of(this.chat) && this.chat.turns.at(-1) === turn) this.run(turn);
   }
 
-  /** @param {Turn} turn */
-  async enterKey(turn) {
-    if (this.chat.turns.at(-1) !== turn) return;
+  /** @param {() => void} then what a new key is tried with */
+  async enterKey(then) {
     if (await askForKey("This server asks for a key. It goes to this server only.")) {
       this.server.watch();
-      this.again(turn);
+      then();
     }
   }
 
   /** @param {import("./runs.js").Run} run */
   async prepare({ chat, turn, controller }) {
     const model = await this.server.model(controller.signal);
-    const turns = chat.turns.slice(0, chat.turns.indexOf(turn) + 1);
+    const turns = this.runs.turnsOf(chat);
     const body = await requestOf(model, turns, this.settings);
     const told = turns.filter((each) => each === turn || isTold(each));
     this.asked = { body, names: told.flatMap(({ pictures }) => pictures.map(({ name }) => name)) };
@@ -147,7 +161,10 @@ class App {
     if (running) return;
     const { failure, state } = turn.answer;
     if (failure && (failure.status === 0 || failure.status === 503)) this.server.watch();
-    if (failure) announce(`${troubleOf(failure).title}. ${failure.message}`);
+    if (run.at !== null && chat === this.chat) {
+      this.render();
+      this.editing.bringBack();
+    } else if (failure) announce(`${troubleOf(failure).title}. ${failure.message}`);
     else if (restored) announce("Stopped. The answer from before is back.");
     else announce(`${state === "stopped" ? "Stopped" : "Answer"}: ${turn.answer.text}`);
     if (chat === this.chat) this.showButtons();
@@ -169,57 +186,24 @@ class App {
       note(`“${text}” was not asked: the chat that it was for has gone on, or another one is shown.`);
       return;
     }
-    const turn = ask(chat, 0, { text, pictures: [picture] });
+    const turn = newTurn({ text, pictures: [picture] });
+    place(chat, 0, turn);
     clearNote();
     this.run(turn);
   }
 
-  // --- editing ---
-
-  /** @param {Turn} turn */
-  edit(turn) {
-    if (this.runs.of(this.chat)) return;
-    if (this.composer.reading > 0) {
-      note("A picture is still being read for the question in the box. Edit this one when it is there.");
-      return;
-    }
-    this.draft ??= this.composer.question;
-    this.editing = turn;
-    const at = this.chat.turns.indexOf(turn);
-    const after = this.chat.turns.length - at - 1;
-    const gone = after > 0 ? `, and the ${after === 1 ? "question" : `${after} questions`} after it` : "";
-    byId("editing-text").textContent = `Editing question ${at + 1}. Sending replaces its answer${gone}.`;
-    byId("editing").hidden = false;
-    this.composer.set(turn);
-    this.composer.focus();
-  }
-
-  /** @param {{text: string, pictures: import("./chat.js").Picture[]}} [then] what the composer shows; else what was in it before */
-  stopEditing(then) {
-    const question = then ?? this.draft;
-    this.editing = null;
-    this.draft = undefined;
-    byId("editing").hidden = true;
-    if (question) this.composer.set(question);
-  }
-
   // --- showing ---
-
-  /** Leaves the edited question as it was; what another tab did meanwhile is shown now. */
-  cancelEditing() {
-    this.stopEditing();
-    this.library.changedElsewhere(this.chat.id);
-  }
 
   /** @param {Chat} chat */
   show(chat) {
-    this.stopEditing();
+    this.editing.end();
     this.chat = chat;
     closeSidebar();
     byId("turns").replaceChildren();
     this.render();
     if (chat.turns.length > 0) this.toEnd();
     if (mouse.matches) this.composer.focus();
+    this.editing.bringBack();
   }
 
   /**
@@ -236,7 +220,8 @@ class App {
 
   /** Shows the chat's turns as they are now: those that are gone go, those that are new come. */
   render() {
-    const { turns, title, id } = this.chat;
+    const { turns } = this;
+    const { title, id } = this.chat;
     const ids = new Set(turns.map((turn) => turn.id));
     for (const element of [...byId("turns").children]) if (!ids.has(element.dataset.turn)) element.remove();
     const fresh = turns.filter((turn) => !this.elementOf(turn));
@@ -252,10 +237,10 @@ class App {
 
   /** @param {Turn} turn */
   placeOf(turn) {
-    const index = this.chat.turns.indexOf(turn);
+    const index = this.turns.indexOf(turn);
     const running = this.runs.of(this.chat)?.turn === turn;
     const remark = this.remarks.get(turn.id) ?? "";
-    return { index, last: turn === this.chat.turns.at(-1), running, remark, acts: this.acts };
+    return { index, last: turn === this.turns.at(-1), running, remark, acts: this.acts };
   }
 
   /** @param {Turn} turn */
@@ -287,7 +272,7 @@ class App {
   }
 
   showContext() {
-    const used = this.chat.turns.findLast(({ answer }) => answer.stats?.used)?.answer.stats.used;
+    const used = this.turns.findLast(({ answer }) => answer.stats?.used)?.answer.stats.used;
     const { context } = this.server;
     const place = byId("context-use");
     place.hidden = !used || !context;
@@ -317,8 +302,11 @@ class App {
       "changed-settings": () => openDialog("settings"),
       "open-export": () => offerDownload(this.chat, this.server.name),
       "open-code": () => showCode(this.asked),
-      "cancel-edit": () => this.cancelEditing(),
-      "to-end": () => this.toEnd(),
+      "cancel-edit": () => this.editing.cancel(),
+      "to-end": () => {
+        this.toEnd();
+        byId("log").focus({ preventScroll: true }); // the button goes
+      },
       stop: () => this.stop(),
     };
     for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
@@ -340,9 +328,11 @@ class App {
 
   /** @param {KeyboardEvent} event */
   key(event) {
-    if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+    // An input method's Escape drops its own word.
+    if (event.key !== "Escape" || event.isComposing || event.defaultPrevented) return;
+    if (document.querySelector("dialog[open]")) return;
     if (this.runs.of(this.chat)) this.stop();
-    else if (this.editing) this.cancelEditing();
+    else if (this.editing.turn) this.editing.cancel();
   }
 
   scrolled() {

@@ -10,8 +10,10 @@
  *            stats: Stats | null, failure: {status: number, code: string | null, param?: string | null,
  *            message: string, retryAt: number | null} | null}} Answer
  * @typedef {{id: string, text: string, pictures: Picture[], answer: Answer}} Turn
+ * @typedef {{turn: string, text: string, pictures: Picture[], failure: Answer["failure"]}} Edit
+ *   A turn's question in other words, to which no answer has begun yet.
  * @typedef {{version: 1, id: string, title: string, named: boolean, created: number, updated: number,
- *            revision: number, turns: Turn[]}} Chat
+ *            revision: number, turns: Turn[], edit: Edit | null}} Chat
  *   `revision` counts what was kept: two tabs that write the same chat notice each other by it.
  */
 
@@ -33,6 +35,7 @@ export function newChat() {
     updated: now,
     revision: 0,
     turns: [],
+    edit: null,
   };
 }
 
@@ -42,17 +45,23 @@ export function newAnswer() {
 }
 
 /**
- * Asks at a place of the chat: what came after it is gone.
- * @param {Chat} chat
- * @param {number} at index of the turn; the number of turns adds one
  * @param {{text: string, pictures: Picture[]}} question
- * @returns {Turn}
+ * @returns {Turn} It is part of no chat yet.
  */
-export function ask(chat, at, { text, pictures }) {
-  const turn = { id: newId(), text, pictures, answer: newAnswer() };
+export function newTurn({ text, pictures }) {
+  return { id: newId(), text, pictures, answer: newAnswer() };
+}
+
+/**
+ * Puts a turn at a place of the chat: what came after it is gone.
+ * @param {Chat} chat
+ * @param {number} at its index; the number of turns adds one
+ * @param {Turn} turn
+ */
+export function place(chat, at, turn) {
   chat.turns.splice(at, chat.turns.length, turn);
-  if (at === 0 && !chat.named) chat.title = titleOf(text, pictures);
-  return turn;
+  if (!chat.turns.some(({ id }) => id === chat.edit?.turn)) chat.edit = null;
+  if (at === 0 && !chat.named) chat.title = titleOf(turn.text, turn.pictures);
 }
 
 /**
@@ -72,7 +81,7 @@ export function isTold(turn) {
   return turn.answer.text !== "";
 }
 
-/** @param {Chat} chat every picture of it */
+/** @param {Chat} chat every picture of its turns */
 export function picturesOf(chat) {
   return chat.turns.flatMap((turn) => turn.pictures);
 }

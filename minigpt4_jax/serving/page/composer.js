@@ -41,6 +41,11 @@ export class Composer {
     return this.reading === 0 && (this.text.value.trim() !== "" || this.pictures.length > 0);
   }
 
+  /** @returns {boolean} whether nothing is there that could be lost */
+  get empty() {
+    return this.reading === 0 && this.text.value === "" && this.pictures.length === 0;
+  }
+
   /** @returns {{text: string, pictures: Picture[]}} */
   get question() {
     return { text: this.text.value.trim(), pictures: [...this.pictures] };

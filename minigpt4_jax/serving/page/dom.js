@@ -44,15 +44,21 @@ export function announce(text) {
 }
 
 /**
- * Shows a remark above the question until the next one or until it is closed.
+ * Shows a remark above the question until the next one or until it is closed. One that is there already stays as it is:
+ * screen readers would say it again.
  * @param {string} text
  * @param {{label: string, act: () => void}} [action]
  */
 export function note(text, action) {
+  if (!action && byId("notes").querySelector("span")?.textContent === text) return;
   const close = make("button", { className: "icon-button small", type: "button" }, [icon("close")]);
   close.setAttribute("aria-label", "Close this remark");
   const line = make("p", { className: "note" }, [make("span", { textContent: text })]);
-  close.onclick = () => line.remove();
+  close.onclick = () => {
+    // The focus of somebody at the keyboard would be lost with the button.
+    if (close.matches(":focus-visible")) byId("question").focus();
+    line.remove();
+  };
   if (action) {
     const button = make("button", { className: "link-button", type: "button", textContent: action.label });
     button.onclick = () => {

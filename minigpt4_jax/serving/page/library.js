@@ -9,7 +9,7 @@ import { showChats } from "./sidebar.js";
 /** @typedef {import("./chat.js").Chat} Chat */
 /**
  * @typedef {{chat: Chat, history: import("./history.js").History, runs: import("./runs.js").Runs,
- *            editing: object | null, show(chat: Chat): void, refresh(chat: Chat): void, keep(chat: Chat): Promise<void>, render(): void}} App
+ *            editing: import("./editing.js").Editing, show(chat: Chat): void, refresh(chat: Chat): void, keep(chat: Chat): Promise<void>, render(): void}} App
  */
 
 export class Library {
@@ -93,7 +93,7 @@ export class Library {
     if (!(id === shown.id || id === "") || shown.revision === 0) return;
     const kept = await this.store.load(shown.id);
     // An edit goes on, and an answer: if they are kept later, as a copy of the chat.
-    if (app.chat !== shown || app.runs.of(shown) || app.editing || kept?.revision === shown.revision) return;
+    if (app.chat !== shown || app.runs.of(shown) || app.editing.turn || kept?.revision === shown.revision) return;
     if (kept) {
       app.refresh(kept);
       return;

@@ -2,14 +2,15 @@
 // Not for: how an answer is written (answering.js).
 
 import { fail, write } from "./answering.js";
-import { newAnswer } from "./chat.js";
+import { newAnswer, place } from "./chat.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
 /** @typedef {import("./chat.js").Turn} Turn */
 /** @typedef {import("./chat.js").Answer} Answer */
 /**
- * @typedef {{chat: Chat, turn: Turn, before: Answer | null, restored: boolean, controller: AbortController,
- *            phase: string, since: number, waiting: number, done: Promise<void>}} Run
+ * @typedef {{chat: Chat, turn: Turn, at: number | null, before: Answer | null, restored: boolean,
+ *            controller: AbortController, phase: string, since: number, waiting: number, done: Promise<void>}} Run
+ *   `at`: where the turn is put into the chat with the first word of its answer; null when it stands there.
  *   `before`: the answer with a text that this one replaces; `restored`: it is back, for no new one came.
  *   `waiting`: requests that waited for a slot when the server last said so.
  */
@@ -37,6 +38,15 @@ export class Runs {
   }
 
   /**
+   * @param {Chat} chat
+   * @returns {Turn[]} Its turns as people see them: with an edited question that waits for its first word.
+   */
+  turnsOf(chat) {
+    const run = this.of(chat);
+    return run && run.at !== null ? [...chat.turns.slice(0, run.at), run.turn] : chat.turns;
+  }
+
+  /**
    * Stops what is written of a chat, or of all; fulfilled when it is kept.
    * @param {Chat} [chat]
    */
@@ -50,13 +60,14 @@ export class Runs {
    * Begins a new answer to a turn.
    * @param {Chat} chat
    * @param {Turn} turn
+   * @param {{at?: number | null}} [how] `at`: as in `Run`, for a turn of `chat.edit`
    * @returns {Run} `done` is fulfilled when the answer is there, or is not to come, and the chat is kept.
    */
-  start(chat, turn) {
+  start(chat, turn, { at = null } = {}) {
     const before = turn.answer.text === "" ? null : turn.answer;
     turn.answer = newAnswer();
     const now = { phase: "sent", since: Date.now(), waiting: 0, restored: false };
-    const run = { chat, turn, before, ...now, controller: new AbortController(), done: Promise.resolve() };
+    const run = { chat, turn, at, before, ...now, controller: new AbortController(), done: Promise.resolve() };
     this.running.add(run);
     run.done = this.write(run);
     return run;
@@ -76,6 +87,8 @@ export class Runs {
     clearInterval(ticks);
     clearInterval(keeping);
     this.restore(run);
+    if (run.turn.answer.state === "done") this.settle(run);
+    if (run.at !== null) chat.edit = { ...chat.edit, failure: run.turn.answer.failure };
     this.running.delete(run);
     this.app.changed(run);
     chat.updated = Date.now();
@@ -90,6 +103,17 @@ export class Runs {
     const { state, text, failure } = run.turn.answer;
     run.restored = run.before !== null && text === "" && state !== "done";
     if (run.restored) run.turn.answer = { ...run.before, failure: failure ?? run.before.failure };
+  }
+
+  /**
+   * Puts the turn into the chat, if it is not there yet.
+   * @param {Run} run
+   */
+  settle(run) {
+    if (run.at === null) return;
+    place(run.chat, run.at, run.turn);
+    run.at = null;
+    this.app.keep(run.chat);
   }
 
   /** @param {Run} run */
@@ -123,6 +147,7 @@ export class Runs {
   enter(run, phase, waiting = 0) {
     const first = run.phase !== phase;
     if (first) Object.assign(run, { phase, waiting, since: Date.now() });
+    if (phase === "text") this.settle(run);
     if (first || phase === "text") this.app.changed(run);
   }
 }

@@ -10,6 +10,10 @@ import { byId } from "./dom.js";
  */
 export function showChats(chats, current, acts) {
   const template = /** @type {HTMLTemplateElement} */ (byId("chat-template"));
+  const what = JSON.stringify([current, ...chats.map(({ id, title }) => [id, title])]);
+  // A press that is under way, and the place of a screen reader, survive what changes nothing.
+  if (byId("chats").dataset.what === what) return;
+  byId("chats").dataset.what = what;
   const focused = focusedButton();
   const items = chats.map(({ id, title }) => {
     const item = template.content.firstElementChild.cloneNode(true);
@@ -28,7 +32,7 @@ export function showChats(chats, current, acts) {
   byId("chats").replaceChildren(...items);
   byId("no-chats").hidden = chats.length > 0;
   byId("delete-all").hidden = chats.length === 0;
-  if (focused) document.querySelector(focused)?.focus();
+  if (focused) (document.querySelector(focused) ?? byId("new-chat")).focus();
 }
 
 /** @returns {string} a selector of the list's focused button, which is about to be made anew; "" for none */

@@ -2,7 +2,7 @@
 // all (one transaction); a tab that kept a chat after another tab changed it gets a copy instead of the other's work.
 // Not for: what a chat is (chat.js). Nothing of it ever leaves the browser.
 
-import { newId } from "./chat.js";
+import { newId, picturesOf } from "./chat.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
 /** @typedef {import("./chat.js").Picture} Picture */
@@ -86,7 +86,8 @@ export class Store {
       ...turn,
       pictures: turn.pictures.map((picture) => pictures.get(picture)),
     }));
-    return { ...record, turns };
+    const edit = record.edit && { ...record.edit, pictures: record.edit.pictures.map((picture) => pictures.get(picture)) };
+    return { ...record, turns, edit: edit ?? null };
   }
 
   /**
@@ -135,8 +136,19 @@ export class Store {
 
 /** @param {Chat} chat */
 function recordOf(chat) {
-  const turns = chat.turns.map((turn) => ({ ...turn, pictures: turn.pictures.map(({ id }) => id) }));
-  return { ...chat, revision: chat.revision + 1, turns };
+  const idsOf = ({ pictures }) => pictures.map(({ id }) => id);
+  const turns = chat.turns.map((turn) => ({ ...turn, pictures: idsOf(turn) }));
+  const edit = chat.edit && { ...chat.edit, pictures: idsOf(chat.edit) };
+  return { ...chat, revision: chat.revision + 1, turns, edit };
+}
+
+/**
+ * The pictures that a chat is kept with, each once.
+ * @param {Chat} chat
+ * @returns {Set<Picture>}
+ */
+function keptPicturesOf(chat) {
+  return new Set([...picturesOf(chat), ...(chat.edit?.pictures ?? [])]);
 }
 
 /** @param {Chat} chat */
@@ -144,9 +156,8 @@ function becomeCopy(chat) {
   chat.id = newId();
   chat.revision = 0;
   chat.title = `${chat.title} (copy)`;
-  for (const turn of chat.turns) {
-    turn.pictures = turn.pictures.map((picture) => ({ ...picture, id: newId() }));
-  }
+  // In place: a question that is being written or asked has the same pictures.
+  for (const picture of keptPicturesOf(chat)) picture.id = newId();
 }
 
 /**
@@ -155,7 +166,7 @@ function becomeCopy(chat) {
  * @param {Chat} chat
  */
 function putPictures(pictures, chat) {
-  const needed = new Map(chat.turns.flatMap((turn) => turn.pictures.map((picture) => [picture.id, picture])));
+  const needed = new Map([...keptPicturesOf(chat)].map((picture) => [picture.id, picture]));
   for (const [id, picture] of needed) {
     pictures.getKey(id).onsuccess = (event) => {
       if (event.target.result === undefined) pictures.put({ ...picture, chat: chat.id });

@@ -11,6 +11,18 @@ from tests.browser.conftest import KEY
 
 BEFORE = ["What is a cup?", "What is a saucer?", "What is a spoon?"]
 EDIT = "What is a good saucer?"
+KEPT_EDITS = """
+new Promise((resolve) => {
+  const opening = indexedDB.open("minigpt4");
+  opening.onsuccess = () => {
+    const request = opening.result.transaction("chats").objectStore("chats").getAll();
+    request.onsuccess = () => {
+      opening.result.close();
+      resolve(request.result.map(({ edit }) => edit?.text ?? null));
+    };
+  };
+})
+"""
 
 
 @pytest.fixture
@@ -91,10 +103,12 @@ def test_an_edit_whose_answer_began_replaces_what_was_there(dialogue: Chatting) 
     page = dialogue.page
     dialogue.hold()
     edit(dialogue, EDIT)
+    dialogue.until(f"{KEPT_EDITS.strip()}.then(([text]) => text === {EDIT!r})")
     dialogue.give(piece("A plate"))
     page.wait_for_selector(".turn.writing")
     page.keyboard.press("Escape")
     dialogue.finished()
+    dialogue.until(f"{KEPT_EDITS.strip()}.then(([text]) => text === null)")
     assert page.is_hidden("#editing")
     for _ in range(2):
         assert dialogue.turns.locator(".question-text").all_inner_texts() == [BEFORE[0], EDIT]

@@ -154,7 +154,13 @@ def test_writing_again_in_vain_gives_the_answer_back(chat: Chatting) -> None:
     assert chat.finished() == "A cup."
     page.get_by_role("button", name="Write this answer again").click()
     page.wait_for_selector(".wait:visible")
+    page.locator(".rename-chat").focus()
+    page.keyboard.press("Enter")
+    page.fill("#rename-value", "Cups")
+    page.press("#rename-value", "Enter")
+    page.wait_for_selector(".chat-link:text-is('Cups')")
     chat.reload()
+    assert page.inner_text("#chat-title") == "Cups"
     assert answer.inner_text() == "A cup.", "kept until a new one begins"
 
 

@@ -9,7 +9,8 @@
  * @typedef {{text: string, state: "writing" | "done" | "stopped" | "failed", finish: string | null,
  *            stats: Stats | null, failure: {status: number, code: string | null, param?: string | null,
  *            message: string, retryAt: number | null} | null}} Answer
- * @typedef {{id: string, text: string, pictures: Picture[], answer: Answer}} Turn
+ * @typedef {{id: string, text: string, pictures: Picture[], answer: Answer, before?: Answer | null}} Turn
+ *   `before`: the answer with a text that the present one replaces with its first word.
  * @typedef {{turn: string, text: string, pictures: Picture[], failure: Answer["failure"]}} Edit
  *   A turn's question in other words, to which no answer has begun yet.
  * @typedef {{version: 1, id: string, title: string, named: boolean, created: number, updated: number,

@@ -65,7 +65,7 @@ export class Runs {
    */
   start(chat, turn, { at = null } = {}) {
     const before = turn.answer.text === "" ? null : turn.answer;
-    turn.answer = newAnswer();
+    Object.assign(turn, { before, answer: newAnswer() });
     const now = { phase: "sent", since: Date.now(), waiting: 0, restored: false };
     const run = { chat, turn, at, before, ...now, controller: new AbortController(), done: Promise.resolve() };
     this.running.add(run);
@@ -79,8 +79,7 @@ export class Runs {
    */
   async write(run) {
     const { chat } = run;
-    // What is kept of an earlier answer stays until a new one has begun.
-    if (!run.before) this.app.keep(chat);
+    this.app.keep(chat);
     const ticks = setInterval(() => this.app.changed(run), 1000);
     const keeping = setInterval(() => run.phase === "text" && this.app.keep(chat), KEEP_MS);
     await this.answer(run);
@@ -103,13 +102,15 @@ export class Runs {
     const { state, text, failure } = run.turn.answer;
     run.restored = run.before !== null && text === "" && state !== "done";
     if (run.restored) run.turn.answer = { ...run.before, failure: failure ?? run.before.failure };
+    run.turn.before = null;
   }
 
   /**
-   * Puts the turn into the chat, if it is not there yet.
+   * The answer begins: it takes the place of the one before, and the turn its place in the chat.
    * @param {Run} run
    */
   settle(run) {
+    run.turn.before = null;
     if (run.at === null) return;
     place(run.chat, run.at, run.turn);
     run.at = null;

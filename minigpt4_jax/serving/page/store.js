@@ -137,7 +137,7 @@ export class Store {
 /** @param {Chat} chat */
 function recordOf(chat) {
   const idsOf = ({ pictures }) => pictures.map(({ id }) => id);
-  const turns = chat.turns.map((turn) => ({ ...turn, pictures: idsOf(turn) }));
+  const turns = chat.turns.map(({ before, ...turn }) => ({ ...turn, answer: before ?? turn.answer, pictures: idsOf(turn) }));
   const edit = chat.edit && { ...chat.edit, pictures: idsOf(chat.edit) };
   return { ...chat, revision: chat.revision + 1, turns, edit };
 }

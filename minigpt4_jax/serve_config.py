@@ -44,7 +44,7 @@ class LimitsConfig:
     body_timeout_s: float = 30.0
     """From the first to the last byte of a request's body."""
     max_waiting: int = 64
-    """Requests that wait for a slot; one more is answered 429 with Retry-After."""
+    """Requests that wait for a slot, and those that wait for beams; one more is answered 429 with Retry-After."""
     max_per_key: int = 32
     """Requests of one key (without keys: of one address) that wait or run."""
     request_timeout_s: float = 300.0

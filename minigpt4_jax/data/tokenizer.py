@@ -29,6 +29,9 @@ _SPACE = "\u2581"  # how sentencepiece writes a space
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _KEEP_IDS = 8  # context that a trimmed StreamDecoder keeps: more tokens than one character ever has
 _TRIM_IDS = 64
+LONG_TEXT = 1000
+"""Characters above which a text is encoded as a batch of one: only then does the library let other threads run, and
+200,000 characters take it half a second."""
 _MAX_HELD = 16  # replacement characters held back before they count as really invalid bytes
 
 
@@ -121,6 +124,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no control tokens, neither added nor recognised in `text`."""
+        if len(text) > LONG_TEXT:
+            return self.encode_all([text])[0]
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:

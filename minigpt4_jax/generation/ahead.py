@@ -1,8 +1,8 @@
 """Which programs are compiled before requests come, or beside them: the core, which any request can be served with, and
 the other sizes.
 
-A request takes the smallest size that holds it, so the core is little: the largest size of everything, and what one
-question about one picture needs. Everything else only makes requests cheaper.
+A request takes the cheapest size that holds it, so the core is little: the largest size of everything, what a dialogue
+about one picture needs, and prompts in powers of two. Everything else only makes requests cheaper.
 """
 
 from __future__ import annotations
@@ -11,30 +11,35 @@ import itertools
 
 import numpy as np
 
-from minigpt4_jax.generation.programs import Size
+from minigpt4_jax.generation.programs import Size, make_ladder
 from minigpt4_jax.generation.runner import ANY_REQUEST, Runner
 from minigpt4_jax.generation.state import SlotState
 
 USUAL_PROMPT = 128
-"""Tokens that a question about one picture fits in."""
+"""Tokens that a question about one picture fits in. Longer ones are padded to at most twice their length: on a CPU a
+prompt of 2,048 takes ten seconds."""
+USUAL_TURN = 64
+"""Tokens that a further question fits in."""
 
 
 def core_sizes(runner: Runner) -> list[Size]:
     """What must be there before the first request."""
     context = runner.place_sizes.steps[-1]
-    prompts = {runner.prompt_sizes.fit(min(USUAL_PROMPT, context)), context}
+    prompts = make_ladder(USUAL_PROMPT, context).steps
     rows = {1, runner.row_sizes.steps[-1]}
     places = {runner.place_sizes.steps[0], context}
+    turn = runner.extend_sizes.fit(min(USUAL_TURN, context))
     return [
         ("move", ()),
         *(("decode", key) for key in itertools.product(sorted(rows), sorted(places), (0, 1))),
-        *(("prefill", (1, size)) for size in sorted(prompts)),
+        *(("prefill", (1, size)) for size in prompts),
+        *([("extend", (turn, context))] if turn < context else []),
         ("encode", (1,)),
     ]
 
 
 def other_sizes(runner: Runner) -> list[Size]:
-    """All other sizes, and those of the core once more."""
+    """All sizes, those of the core among them."""
     decodes = itertools.product(runner.row_sizes.steps, runner.place_sizes.steps, (0, 1))
     extends = itertools.product(runner.extend_sizes.steps, runner.place_sizes.steps)
     return [

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -251,7 +252,7 @@ class Engine(Loop):
         longest, vocab = int(lengths.max()), self.config.llama.vocab_size
         sizes = self._runner.prompt_sizes
         batch, size = self._runner.programs.choose("prefill", (len(requests), sizes.fit(longest)))
-        prefix = self._runner.read(requests, (batch, size))
+        prefix = jax.block_until_ready(self._runner.read(requests, (batch, size)))
         self.counters.prefills += 1
         yield
         rules = BeamRules(
@@ -292,8 +293,12 @@ class Engine(Loop):
     def encode_images(
         self, images: Float[np.ndarray, "I height width 3"]
     ) -> list[Float[Array, "T D"]]:
-        """Normalised pictures (float32) to image embeddings in the compute dtype. They stay on the device."""
+        """Normalised pictures (float32) to image embeddings in the compute dtype. They stay on the device.
+
+        Waits for them, so that what fails fails here, and nobody keeps an embedding that never came to be.
+        """
         found = self._runner.encode_images(images)
+        jax.block_until_ready(found)
         self.counters.images += len(images)
         return found
 

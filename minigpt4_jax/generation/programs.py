@@ -9,6 +9,7 @@ and abstract values never pass through the checked signatures of the states.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +94,7 @@ class Programs:
         found = self._found.get((name, key))
         if found is not None:
             return found
-        if self.closed and not self._is_ahead:
+        if not self.compiles_now:
             raise NotCompiled(
                 f"{name}{list(key)} was not compiled ahead; expected only sizes that were: {self.keys(name)}."
             )
@@ -115,7 +116,9 @@ class Programs:
             self._thread.ahead = False
 
     def want(self, size: Size) -> None:
-        """Has a size compiled by whoever asks `next_wanted`; only once, whatever came of it."""
+        """Has a size that is not there compiled by whoever asks `next_wanted`; only once, whatever came of it."""
+        if size in self._found:
+            return
         with self._naming:
             if size not in self._named:
                 self._named.add(size)
@@ -141,29 +144,39 @@ class Programs:
         return len(self._named) - self._tried
 
     @property
-    def _is_ahead(self) -> bool:
-        return getattr(self._thread, "ahead", False)
+    def compiles_now(self) -> bool:
+        """Whether `get` compiles what is not there, in this thread."""
+        return not self.closed or getattr(self._thread, "ahead", False)
 
     def keys(self, name: str) -> list[Key]:
         """Sizes that the program of this name was compiled for, ascending."""
         return sorted(key for found, key in list(self._found) if found == name)
 
     def choose(self, name: str, wanted: Key) -> Key:
-        """The sizes to run with: `wanted` while programs may be compiled; then the least compiled ones that hold it,
-        and somebody may compile `wanted` beside requests.
+        """The sizes to run with: `wanted` while programs may be compiled; then the cheapest compiled ones that hold
+        it, and somebody may compile `wanted` beside requests.
 
         Raises:
             NotCompiled: nothing that was compiled ahead is large enough.
         """
-        if not self.closed or self._is_ahead or (name, wanted) in self._found:
+        if self.compiles_now:
             return wanted
         self.want((name, wanted))
-        for key in self.keys(name):
-            if all(have >= need for have, need in zip(key, wanted, strict=True)):
-                return key
-        raise NotCompiled(
-            f"{name}{list(wanted)} was not compiled ahead, and nothing larger: {self.keys(name)}."
-        )
+        found = self.cheapest(name, wanted)
+        if found is None:
+            raise NotCompiled(
+                f"{name}{list(wanted)} was not compiled ahead, and nothing larger: {self.keys(name)}."
+            )
+        return found
+
+    def cheapest(self, name: str, wanted: Key) -> Key | None:
+        """Of the compiled sizes that hold `wanted` the one with the least product; None where there is none."""
+        fitting = [
+            key
+            for key in self.keys(name)
+            if all(have >= need for have, need in zip(key, wanted, strict=True))
+        ]
+        return min(fitting, key=lambda key: math.prod(max(1, size) for size in key), default=None)
 
 
 def compile_program(

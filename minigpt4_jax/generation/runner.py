@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ ENCODED_TOGETHER_ELSEWHERE = (1, 4, 16)
 READ_TOKENS = {"cpu": 2048}
 """Tokens of prompts that are read between two steps of the slots, by platform, padding among them: what bounds how long
 answers under way are held up, and the memory of the activations. A longer prompt is read alone."""
-READ_TOKENS_ELSEWHERE = 8192
+READ_TOKENS_ELSEWHERE = 4096
 
 ANY_REQUEST = Request(prompt=(0,), max_new_tokens=1)
 """Stands for any request where only shapes matter."""
@@ -128,14 +129,21 @@ class Runner:
     def prompt_key(self, prompts: int, length: int) -> tuple[int, int]:
         """How many prompts of this length to read together, at most `prompts`, and to what length they are padded."""
         size = self.prompt_sizes.fit(length)
-        for together in reversed(self.read_together(size)):
-            if together <= prompts:
-                try:  # what puts them into a slot is compiled last
-                    batch, size = self.programs.choose("insert", (together, size))
-                except NotCompiled:
-                    continue
-                return batch, size
-        raise NotCompiled(f"No program reads a prompt of {length} tokens.")
+        counts = [count for count in self.read_together(size) if count <= prompts]
+        name, wanted = "insert", (counts[-1], size)  # what puts them into a slot is compiled last
+        if self.programs.compiles_now:
+            return wanted
+        self.programs.want((name, wanted))
+        found = [
+            (key, count)
+            for count in reversed(counts)
+            if (key := self.programs.cheapest(name, (count, size))) is not None
+        ]
+        if not found:
+            raise NotCompiled(f"No program reads a prompt of {length} tokens.")
+        # The fewest tokens for each; the most prompts where these are the same.
+        (batch, size), _ = min(found, key=lambda each: math.prod(each[0]) / each[1])
+        return batch, size
 
     def read_together(self, size: int) -> tuple[int, ...]:
         """How many prompts of this padded length may be read at once, ascending."""
@@ -265,9 +273,10 @@ class Runner:
 
     def _placed(self, alive: Bool[np.ndarray, " B"]) -> Array:
         """On the device; the same array as long as nothing changes."""
-        if self._alive is None or self._alive[0] != alive.tobytes():
-            self._alive = (alive.tobytes(), jax.device_put(alive, self._everywhere))
-        return self._alive[1]
+        kept = self._alive
+        if kept is None or kept[0] != alive.tobytes():
+            kept = self._alive = (alive.tobytes(), jax.device_put(alive, self._everywhere))
+        return kept[1]
 
     def move(self, state: SlotState, source: int, target: int) -> SlotState:
         """Moves what is in a slot to another one; takes the state away."""

@@ -60,18 +60,20 @@ class Register:
         """
         if job in self.tasks:
             raise ValueError(f"The job {job.id} was submitted already; expected a new one.")
-        if self._left_waiting(free, searching=searching) >= self._max_waiting:
+        task = Task(job)
+        if self._left_waiting(task, free, searching=searching) >= self._max_waiting:
             raise overloaded(
                 f"{self._max_waiting} requests wait already, as many as may; try again later.",
                 retry_after_s=self._retry_after_s(running),
             )
-        self.tasks[job] = task = Task(job)
+        self.tasks[job] = task
         self.waiting.append(task)
         self.lock.notify_all()
 
-    def _left_waiting(self, free: int, *, searching: bool) -> int:
-        """Jobs that would still wait after all that is free was given away."""
-        return len(self.waiting) - len(self._next(free, searching=searching))
+    def _left_waiting(self, task: Task, free: int, *, searching: bool) -> int:
+        """Jobs that would still wait for what this one wants, slots or beams, after all that is free was given away."""
+        begun = self._next(free, searching=searching)
+        return sum(one.searches == task.searches and one not in begun for one in self.waiting)
 
     def _next(self, free: int, *, searching: bool) -> list[Task]:
         """The next jobs in their order. Beams take no slots: who wants one does not wait for who wants the other."""

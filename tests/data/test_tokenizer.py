@@ -66,6 +66,16 @@ def test_control_tokens_are_found_by_name_and_leave_no_text(tokenizer: Tokenizer
     assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>hi</s>"
 
 
+def test_a_long_text_has_the_ids_of_a_short_one(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["", "a", " two  spaces", "<s>\n</s>", "\U0001f600 \u00e9", "word " * 300]
+    monkeypatch.setattr("minigpt4_jax.data.tokenizer.LONG_TEXT", 10_000)
+    expected = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr("minigpt4_jax.data.tokenizer.LONG_TEXT", -1)
+    assert [tokenizer.encode(text) for text in texts] == expected
+
+
 @pytest.mark.parametrize("name", ["<|no_such|>", "h"])
 def test_only_control_tokens_are_special(tokenizer: Tokenizer, name: str) -> None:
     with pytest.raises(UserError, match=r"expected one of: .*<\|im_end\|>"):

@@ -111,10 +111,12 @@ def test_one_search_too_many_is_sent_away(bench: Bench) -> None:
     with pytest.raises(ApiError) as refusal:
         bench.submit("e", generation=BEAMS)
     assert refusal.value.status == 429
+    _, plain = bench.submit("p", generation=LONG)  # that others wait for beams does not concern it
     bench.turns(1)
     with pytest.raises(ApiError):
         bench.submit("e", generation=BEAMS)
     bench.finish()
+    assert plain.done
 
 
 def test_closing_gives_a_search_up(bench: Bench) -> None:

@@ -99,7 +99,7 @@ class Job:
     deadline_s: float
     """On the clock of `time.monotonic`; behind it the job fails with a timeout, waiting or running."""
     salt: Hashable = None
-    """Whose job it is, where callers must not learn from each other's prompts: `Request.salt`."""
+    """Whose job it is: callers do not learn from each other's prompts (`Request.salt`), and share the slots."""
     emit: Callable[[Event], None]
     """Called on the engine's thread; must neither block nor raise."""
     arrived_s: float = field(default_factory=time.monotonic)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from minigpt4_jax.serving.errors import overloaded
@@ -76,17 +76,31 @@ class Register:
         return sum(one.searches == task.searches and one not in begun for one in self.waiting)
 
     def _next(self, free: int, *, searching: bool) -> list[Task]:
-        """The next jobs in their order. Beams take no slots: who wants one does not wait for who wants the other."""
+        """The next jobs: of the caller who has the fewest slots, and of one caller in their order. Beams take no slots:
+        who wants one does not wait for who wants the other."""
+        left = list(self.waiting)
+        if not left:
+            return []
+        waiting = {id(task) for task in left}
+        held = Counter[Hashable]()
+        for task in self.tasks.values():
+            if id(task) not in waiting and not task.over:
+                held[task.job.salt] += max(1, task.slots)
         found: list[Task] = []
-        for task in self.waiting:
+        while True:
+            open_now = [t for t in left if (not searching if t.searches else free > 0)]
+            if not open_now:
+                return found
+            task = min(
+                open_now, key=lambda t: held[t.job.salt]
+            )  # the first of those that have as few
+            found.append(task)
+            left.remove(task)
+            held[task.job.salt] += max(1, task.slots)
             if task.searches:
-                if not searching:
-                    found.append(task)
                 searching = True
-            elif free > 0:
-                found.append(task)
+            else:
                 free -= task.slots
-        return found
 
     def _retry_after_s(self, running: int) -> int:
         """When a place is likely to be free, in seconds: one is whenever one of the jobs side by side ends."""

@@ -67,6 +67,22 @@ def test_one_more_than_may_wait_is_refused_with_the_time_that_a_place_takes() ->
     assert bench.refusal().retry_after_s == 10
 
 
+def test_who_has_the_fewest_slots_is_next() -> None:
+    bench = Bench(FakeModel(num_slots=2), max_waiting=20)
+    bench.scheduler.prepare()
+    bench.submit("a", salt="a", generation=LONG)
+    bench.submit("b", salt="b")
+    bench.turns(1)
+    names = ["a", "aa", "b", "c"]
+    heard = {name: bench.submit(name, salt=name[0])[1] for name in names}
+    order: list[str] = []
+    while len(order) < len(names):
+        bench.turns(1)
+        order += [name for name in names if heard[name].events and name not in order]
+    # While one of a is answered, who has none comes first; of the two in their order.
+    assert order == ["b", "c", "a", "aa"]
+
+
 def test_a_job_with_more_answers_than_slots_gets_them_all_and_the_next_one_waits(
     bench: Bench,
 ) -> None:

@@ -76,14 +76,13 @@ class BeamSearch:
         start = yield from self._program(("start", num_beams, places), function, args)
         state: BeamState = start(*args)
         yield
-        step = None
         for _ in range(max_new_tokens - 1):
             if np.asarray(state.done).all():
                 break
-            if step is None:
-                step = yield from self._program(
-                    ("step",), self._function, (params, state, rules), donate=(1,)
-                )
+            # Looked up each time: on a mesh a step may lay the state out otherwise than it was.
+            step = yield from self._program(
+                ("step",), self._function, (state, rules), fixed=(params,), donate=(1,)
+            )
             state = self._step(step, params, state, rules)
             yield
         last = yield from self._program(("rank",), rank, (state, rules))
@@ -103,16 +102,17 @@ class BeamSearch:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         *,
+        fixed: tuple[Any, ...] = (),
         donate: tuple[int, ...] = (),
     ) -> Generator[None, None, Program]:
-        """A function, by its name and what is static in it, compiled for arguments like these. Raises what the compiler
-        raises; it is tried again then."""
+        """A function, by its name and what is static in it, compiled for arguments like these, `fixed` before them.
+        Raises what the compiler raises; it is tried again then."""
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
         key = (name, tree, shapes)
         found = self._compiled.get(key)
         if found is None:
-            found = self._compiler.submit(compile_program, function, args, donate=donate)
+            found = self._compiler.submit(compile_program, function, (*fixed, *args), donate=donate)
             self._compiled[key] = found
         self._compiled.move_to_end(key)
         while len(self._compiled) > MOST_KEPT:

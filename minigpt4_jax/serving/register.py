@@ -91,9 +91,7 @@ class Register:
             open_now = [t for t in left if (not searching if t.searches else free > 0)]
             if not open_now:
                 return found
-            task = min(
-                open_now, key=lambda t: held[t.job.salt]
-            )  # the first of those that have as few
+            task = min(open_now, key=lambda t: held[t.job.salt])  # of several the first
             found.append(task)
             left.remove(task)
             held[task.job.salt] += max(1, task.slots)

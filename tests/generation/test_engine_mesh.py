@@ -67,6 +67,18 @@ def test_a_mesh_answers_as_one_device_does(
     assert found == expected
 
 
+def test_a_mesh_searches_as_one_device_does(
+    on_mesh: Engine, tiny_params: Any, tiny_config: ModelConfig
+) -> None:
+    alone = make_engine(tiny_params, tiny_config, context=CONTEXT, num_slots=2)
+    expected, found = (
+        engine.beam_search([make_request(([5, 6, 7], None), steps=5)], num_beams=3)
+        for engine in (alone, on_mesh)
+    )
+    assert [one.ids for one in found[0]] == [one.ids for one in expected[0]]
+    assert len(found[0]) == 3
+
+
 def test_a_mesh_continues_what_a_slot_holds(
     on_mesh: Engine, tiny_params: Any, tiny_config: ModelConfig
 ) -> None:

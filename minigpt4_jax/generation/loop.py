@@ -174,12 +174,12 @@ class Loop:
                 if self._extend(generation):
                     read += generation.length - generation.reused
                     continue
-                read += self._read_prompts()
+                read += self._read_prompts(most - read)
             self._insert(generation)
 
-    def _read_prompts(self) -> int:
-        """Reads the prompt of the first in the queue, with others of its size that could be let in too. Returns the
-        number of tokens, with their padding."""
+    def _read_prompts(self, most: int) -> int:
+        """Reads the prompt of the first in the queue, with others of its size that could be let in too, and together
+        have no more tokens than `most`. Returns the number of tokens, with their padding."""
         sizes = self._runner.prompt_sizes
         group = [self._waiting[0]]
         for generation in list(self._waiting)[1 : self.free_slots]:
@@ -188,7 +188,8 @@ class Loop:
             known = generation.shared.prefix is not None
             if not known and sizes.fit(generation.length) == sizes.fit(group[0].length):
                 group.append(generation)
-        key = self._runner.prompt_key(len(group), group[0].length)
+        fitting = max(1, most // sizes.fit(group[0].length))
+        key = self._runner.prompt_key(min(len(group), fitting), group[0].length)
         del group[key[0] :]
         prefix = self._runner.read([generation.request for generation in group], key)
         self.counters.prefills += 1

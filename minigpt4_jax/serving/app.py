@@ -153,7 +153,7 @@ def _guards(
         Middleware(
             InFlight,
             max_per_caller=limits.max_per_key,
-            max_total=limits.max_waiting + config.num_slots,
+            max_total=2 * limits.max_waiting + config.num_slots,
         ),
         Middleware(
             BodyGuard,

@@ -330,7 +330,7 @@ class InFlight:
 
     Args:
         max_per_caller: a key's, or without keys an address's.
-        max_total: what the queue and the slots can take; more would only be refused later.
+        max_total: what the queues (for slots, for beams) and the slots can take; more would only be refused later.
     """
 
     def __init__(self, app: ASGIApp, *, max_per_caller: int, max_total: int) -> None:

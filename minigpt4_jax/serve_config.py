@@ -118,12 +118,12 @@ class FaultsConfig:
     """When a server that has trouble goes on, and when it ends for its supervisor to start it anew."""
 
     max_faults: int = 3
-    """Faults of the engine within `faults_window_s`; then the server is not ready any more and ends."""
+    """Faults of the engine within `faults_window_s`; with one more the server is not ready any more and ends."""
     faults_window_s: float = 60.0
     stall_s: float = 120.0
     """An engine with work that does not move for so long is given up: the server ends. Longer than the longest piece of
-    work on a busy machine: a batch of pictures, a prompt of the whole context, or the compile that a first request with
-    beams may wait for."""
+    work on a busy machine: a batch of pictures, or a prompt of the whole context. That a search waits for its compiler
+    does not count: `limits.request_timeout_s` ends it."""
     drain_s: float = 30.0
     """After SIGTERM: what is being answered may go on for so long."""
 

@@ -18,7 +18,7 @@ which the original generates with and the golden sets record:
   of `W` finished answers; what is unfinished at the last step joins the finished ones.
 
 It looks at `2 W` continuations in all, which is the same with the one stop token that it knows; here there may be more.
-Not for: drawing tokens (beams are certain), prompts, the loop over steps (`engine.py`).
+Not for: drawing tokens (beams are certain), prompts, the loop over steps (`beam_search.py`).
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ Closing it gives its memory on the device back."""
 
 class BeamSearch:
     """The compiled functions of a search. Other prompts, stop tokens and penalties compile nothing; another number of
-    beams or of places does, in a thread: seconds in which whoever drives the search can do other work."""
+    beams or of places or another padded length does, in a thread: seconds in which whoever drives the search can do
+    other work."""
 
     def __init__(self, model: MiniGPT4) -> None:
         self._function = functools.partial(beam_step, model=model)

@@ -7,7 +7,8 @@ and then reads the one before it: the device computes while the host reads, and 
 step that was just dispatched. All state is on the device and donated. `generate`, `stream`, chats, captioning and the
 server go through this one loop.
 
-Not for: text, tokenizers, stop strings (the caller reads the answer and cancels), threads (one thread owns an engine).
+Not for: text, tokenizers, stop strings (the caller reads the answer and cancels), threads (one owns an engine, but for
+what is compiled beside it).
 Differs from the original, which runs one request at a time, allocates its cache anew for every token and knows no
 batches of prompts that end at different times.
 """
@@ -95,7 +96,8 @@ class Engine(Loop):
 
     @property
     def ready(self) -> bool:
-        """Whether `compile_core` has run: from then on no request waits for a compiler."""
+        """Whether `compile_core` has run: from then on no request waits for a compiler, but for beams and
+        `score`."""
         return self._runner.programs.closed
 
     @property

@@ -1,7 +1,7 @@
-"""Compiled programs, found by name and size: compiled when first wanted, or all ahead and then never again.
+"""Compiled programs, found by name and size: compiled when first wanted, or a core ahead and the rest beside requests.
 
 For: `Programs`, which the engine runs everything through, and `Ladder`, the few sizes that lengths and batches are
-rounded up to. Not for: what the programs compute (`decode.py`) nor when they run (`engine.py`).
+rounded up to. Not for: what the programs compute (`decode.py`) nor when they run (`loop.py`).
 
 Every program is lowered from flat lists of arrays. Dispatch is then a plain call, arguments are donated leaf by leaf,
 and abstract values never pass through the checked signatures of the states.

@@ -1,7 +1,7 @@
 """What the engine runs on the device: its compiled functions over one set of parameters, and the sizes they come in.
 
-For: padding requests into the few shapes that programs have, and compiling these on demand or all ahead. Not for: which
-request runs when (`engine.py`), nor what a program computes (`decode.py`).
+For: padding requests into the few shapes that programs have, and compiling these ahead or on demand. Not for: which
+request runs when (`loop.py`), nor what a program computes (`decode.py`).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Load:
     waiting: int
     """Jobs without a slot."""
     running: int
-    """Jobs with one."""
+    """Jobs with one, with one set aside for them, or with a search."""
     busy_slots: int
     num_slots: int
     cache_usage: float

@@ -261,7 +261,7 @@ class _Now(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
         load = self._load()
-        yield self._gauge("num_requests_running", "Requests that have a slot.", load.running)
+        yield self._gauge("num_requests_running", "Requests under way.", load.running)
         yield self._gauge("num_requests_waiting", "Requests without a slot.", load.waiting)
         yield self._gauge(
             "kv_cache_usage_perc",

@@ -108,8 +108,8 @@ class Register:
         return max(1, math.ceil(mean_s / max(1, running)))
 
     def take(self, free: int, *, searching: bool) -> list[Task]:
-        """The next jobs in their order: all that slots are free for, and one that beams answer unless one of these is
-        under way. `lock` is held."""
+        """The next jobs, of the callers with the fewest slots first: all that slots are free for, and one that beams
+        answer unless one of these is under way. `lock` is held."""
         taken = self._next(free, searching=searching)
         for task in taken:
             self.waiting.remove(task)

@@ -101,8 +101,8 @@ class Scheduler:
         return self._slots.leaks
 
     def start(self, progress: CompileProgress | None = None) -> None:
-        """Starts the thread. It compiles what every request needs, telling `progress` on its way, and is ready; the
-        other sizes are compiled beside it."""
+        """Starts the thread. It compiles what every request needs, telling `progress` on its way, and is ready; what
+        else is compiled, is compiled beside it."""
         self._progress = progress
         self._thread.start()
 

@@ -38,8 +38,8 @@ class Watchdog:
     """A thread that looks whether another one moves, and calls `on_stall(seconds)` once if it does not.
 
     The other one says `moved` whenever it has finished a piece of work: a step, the encoding of a batch of pictures,
-    a step of a search. Each of them, a compile that a search may begin with included, has `stall_s`, in which time
-    that passed between two looks far apart does not count. It says `rest` when it has nothing to do.
+    a step of a search or of its waiting for a compiler. Each of them has `stall_s`, in which time that passed between
+    two looks far apart does not count. It says `rest` when it has nothing to do.
 
     Args:
         alive: whether the other thread is there; `on_gone()` is called once if it is not.

@@ -32,7 +32,8 @@ include-path = "/tokenize"
 checks.positive_data_acceptance.expected-statuses = [200, 400]
 """
 REQUEST_TIMEOUT_S = 120
-"""A request with beams compiles its programs before it is answered; schemathesis itself gives up after 10 s."""
+"""A request with beams compiles its programs before it is answered; schemathesis itself gives up after 10 s, and takes
+what took longer for a failure."""
 PHASES = "examples,coverage,fuzzing,stateful"
 
 
@@ -61,6 +62,7 @@ def fuzz(url: str, *, key: str = "", max_examples: int, seed: int, phases: str =
         command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
         command += ["--continue-on-failure", "--generation-database", "none", "--no-shrink"]
         command += ["--request-timeout", str(REQUEST_TIMEOUT_S)]
+        command += ["--max-response-time", str(REQUEST_TIMEOUT_S)]
         command += ["--report", "json", "--report-json-path", str(report)]
         command += ["--header", f"Authorization: Bearer {key}"] if key else []
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

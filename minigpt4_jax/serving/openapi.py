@@ -45,11 +45,25 @@ REFUSALS = {
 ANY = (401, 421, 500)
 """What every route but the probes may refuse with."""
 WITH_BODY = (400, *ANY, 404, 408, 413, 415, 429)
-SSE = (
-    "Server-sent events: `data:` with a chunk of this schema each, then `data: [DONE]`. A failure after the first "
-    "event is `data:` with an error object, and ends the stream. Comments (`: queued 3`, `: ping`) say that it is "
-    "alive.\n\n"
-)
+EVENT_SCHEMA: Schema = {
+    "type": "object",
+    "description": "One server-sent event: a chunk, or `[DONE]` as the last. A failure after the first event is an "
+    "error object, and ends the stream. Comments (`: queued 3`, `: ping`) say that it is alive.",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "anyOf": [
+                {"const": "[DONE]"},
+                {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "contentSchema": {"anyOf": [CHUNK_SCHEMA, ERROR_SCHEMA]},
+                },
+            ]
+        }
+    },
+}
+"""Of `itemSchema`, the word of OpenAPI 3.2 for the parts of a stream; readers of 3.1 leave it out."""
 
 
 def add_routes(
@@ -114,9 +128,7 @@ def _table() -> list[tuple[str, str, tuple[int, ...], Schema]]:
         return as_json({"type": "object", "required": list(properties), "properties": properties})
 
     text: Schema = {"type": "string"}
-    chat = as_json(COMPLETION_SCHEMA) | {
-        "text/event-stream": {"schema": {**text, "description": f"{SSE}{CHUNK_SCHEMA}"}}
-    }
+    chat = as_json(COMPLETION_SCHEMA) | {"text/event-stream": {"itemSchema": EVENT_SCHEMA}}
     return [
         ("/v1/chat/completions", "Answer a conversation", (*WITH_BODY, 503), chat),
         ("/v1/models", "The one model", ANY, as_json(MODELS_SCHEMA)),

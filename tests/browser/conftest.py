@@ -6,6 +6,7 @@ that nothing went to another origin, that the Content-Security-Policy was not br
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -65,15 +66,21 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`serve.py` with smol on a free port, ready. Its output goes to a file: a pipe that nobody reads would fill up."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "serve.py", "port=0", "num_slots=2", "context=1024"]
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    # The core alone: compiling is what takes time here.
+    settings = ["port=0", "num_slots=2", "context=1024", "compile_beside=none"]
+    command = [sys.executable, "serve.py", *settings]
     environment = os.environ | {"MINIGPT4_API_KEYS": KEY, "PYTHONPATH": str(ROOT)}
-    with log.open("wb") as file:
+    with (folder.parents[1] / "compiling").open("w") as turn, log.open("wb") as file:
+        # One after the other: what the first compiles, the server of a second worker finds in the cache.
+        fcntl.flock(turn, fcntl.LOCK_EX)
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
+        address = _wait_until_ready(process, log)
     try:
-        yield Server(_wait_until_ready(process, log))
+        yield Server(address)
     finally:
         process.terminate()
         process.wait(timeout=60)

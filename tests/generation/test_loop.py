@@ -85,6 +85,17 @@ def test_long_prompts_that_come_together_are_not_all_read_before_the_next_step(
     assert read_in_first_step(40) == 2
 
 
+def test_a_batch_of_prompts_takes_what_the_one_before_it_left(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._runner, "read_tokens", 128)
+    lengths = (60, 48, 47)  # padded to 64, 48 and 48
+    waiting = [engine.submit(make_request((text(n, 500 + n), None), steps=3)) for n in lengths]
+    engine.step()
+    assert [generation.slot >= 0 for (generation,) in waiting] == [True, True, False]
+    run(engine, [generation for (generation,) in waiting])
+
+
 def test_a_request_joins_while_others_run(engine: Engine) -> None:
     first = make_request((text(20, 1), None), steps=30, sampling=drawn(1))
     second = make_request((text(33, 2), None), steps=5, sampling=drawn(2))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from minigpt4_jax import MiniGPT4
@@ -177,6 +178,19 @@ def test_a_stream_says_what_the_whole_answer_says(tiny_server: Running) -> None:
     assert text == {c["index"]: c["message"]["content"] for c in whole["choices"]}
     usage = chunks[-1]["usage"]
     assert usage["completion_tokens"] == whole["usage"]["completion_tokens"] == 24
+
+
+def test_the_description_says_what_each_event_of_a_stream_is(tiny_server: Running) -> None:
+    _, _, described = tiny_server.ask("GET", "/openapi.json")
+    content = described["paths"][CHAT]["post"]["responses"]["200"]["content"]
+    last, chunk = content["text/event-stream"]["itemSchema"]["properties"]["data"]["anyOf"]
+    _, _, body = tiny_server.chat(stream=True, stream_options={"include_usage": True})
+    *chunks, done = events(body)
+    assert done == last["const"]
+    for each in chunks:
+        jsonschema_rs.validate(chunk["contentSchema"], each)
+    with pytest.raises(jsonschema_rs.ValidationError):
+        jsonschema_rs.validate(chunk["contentSchema"], {**chunks[0], "object": "chat.completion"})
 
 
 def test_a_request_id_goes_through_to_the_answer(tiny_server: Running) -> None:

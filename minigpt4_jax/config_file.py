@@ -87,7 +87,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.load(Path(path)), resolve=False)
     except FileNotFoundError as error:
         raise UserError(
-            f"There is no configuration file {str(path)!r}; expected a YAML file, such as those in configs/train. "
+            f"There is no configuration file {str(path)!r}; expected a YAML file, such as those in configs. "
             "Check the path."
         ) from error
     except (YAMLError, OSError, UnicodeDecodeError) as error:

@@ -141,6 +141,24 @@ def test_a_draft_is_not_lost_to_an_edit_and_stays_in_the_box_when_it_is_refused(
     assert page.is_hidden("#editing")
 
 
+def test_a_question_edited_anew_at_once_does_not_bring_the_cancelled_edit_back(
+    dialogue: Chatting,
+) -> None:
+    page = dialogue.page
+    page.route(QUESTIONS, refuse(400, "No."), times=1)
+    edit(dialogue, EDIT)
+    page.wait_for_selector(".note:has-text('The server refused this question: No.')")
+    assert page.input_value("#question") == EDIT
+    in_the_box = page.evaluate(
+        """() => {
+            document.getElementById("cancel-edit").click();
+            document.querySelectorAll(".edit")[1].click();
+            return document.getElementById("question").value;
+        }"""
+    )
+    assert in_the_box == BEFORE[1]
+
+
 def test_an_edit_that_is_refused_in_another_chat_waits_there(dialogue: Chatting) -> None:
     page = dialogue.page
     dialogue.hold()

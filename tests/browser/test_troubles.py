@@ -248,6 +248,25 @@ def test_a_key_is_asked_for_used_and_kept_as_chosen(server: Server, browser: Bro
     chat.close()
 
 
+def test_a_key_is_kept_although_its_dialog_is_opened_anew_at_once(chat: Chatting) -> None:
+    chat.refusals = True
+    entered = chat.page.evaluate(
+        """async () => {
+            const click = (selector) => document.querySelector(selector).click();
+            click("#open-key");
+            document.getElementById("key-value").value = "another key";
+            click("#key-dialog button[value=save]");
+            for (let turn = 0; turn < 10; turn++) await null;
+            click("#open-key");
+            return document.getElementById("key-value").value;
+        }"""
+    )
+    assert entered == "another key"
+    chat.page.keyboard.press("Escape")
+    chat.page.wait_for_selector("#key-dialog", state="hidden")
+    chat.until("sessionStorage.getItem('minigpt4.key') === 'another key'")
+
+
 def test_a_key_that_is_entered_late_asks_nothing_that_another_tab_has_gone_beyond(
     chat: Chatting,
 ) -> None:

@@ -11,19 +11,31 @@ import { addressOf } from "./pictures.js";
  */
 export function openDialog(id, { enter } = {}) {
   const dialog = /** @type {HTMLDialogElement} */ (byId(id));
-  dialog.returnValue = "";
-  dialog.onpointerdown = (event) => {
-    if (event.target === dialog) dialog.close("");
-  };
-  dialog.onkeydown = (event) => {
-    if (!enter || event.key !== "Enter" || event.target.tagName !== "INPUT") return;
-    // A form presses its first button otherwise.
-    event.preventDefault();
-    dialog.close(enter);
-  };
-  dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });
+    /** @param {string} value */
+    function finish(value) {
+      dialog.close(value);
+      resolve(value);
+    }
+
+    dialog.onpointerdown = (event) => {
+      if (event.target === dialog) finish("");
+    };
+    dialog.onkeydown = (event) => {
+      if (!enter || event.key !== "Enter" || event.target.tagName !== "INPUT") return;
+      // A form presses its first button otherwise.
+      event.preventDefault();
+      finish(enter);
+    };
+    dialog.onsubmit = (event) => {
+      event.preventDefault();
+      finish(event.submitter.value);
+    };
+    // Escape. The event comes some time after the closing, when the dialog may be open anew.
+    dialog.onclose = () => {
+      if (!dialog.open) resolve("");
+    };
+    dialog.showModal();
   });
 }
 

@@ -65,13 +65,16 @@ export class Editing {
   async cancel() {
     const { app, turn } = this;
     const { chat } = app;
+    const hadNoAnswer = chat.edit?.turn === turn.id;
+    if (hadNoAnswer) {
+      // Before anything is waited for: the same question may be edited again at once.
+      chat.edit = null;
+      clearNote();
+    }
     this.end();
     app.composer.focus();
     await app.library.changedElsewhere(chat.id);
-    if (app.chat !== chat || chat.edit?.turn !== turn.id) return;
-    chat.edit = null;
-    clearNote();
-    await app.keep(chat);
+    if (hadNoAnswer && app.chat === chat) await app.keep(chat);
   }
 
   /** Shows the chat's edit to which no answer began, if there is one. A draft in the box is not pushed out of it. */

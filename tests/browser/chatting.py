@@ -25,6 +25,21 @@ LONG = "Write a long story about a cup of coffee."
 QUESTIONS = "**/v1/chat/completions"
 TIMEOUT_MS = 30_000
 
+_KEPT = """
+() => new Promise((resolve) => {
+  const opening = indexedDB.open("minigpt4");
+  opening.onsuccess = () => {
+    const chats = opening.result.transaction("chats").objectStore("chats");
+    const request = chats.get(location.hash.slice("#chat=".length));
+    request.onsuccess = () => {
+      opening.result.close();
+      const turns = request.result?.turns ?? [];
+      const all = turns.length === document.querySelectorAll(".turn").length;
+      resolve(all && turns.length > 0 && turns.at(-1).answer.state !== "writing");
+    };
+  };
+})
+"""
 _WATCH = """
 window.violations = [];
 addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) =>
@@ -142,6 +157,10 @@ class Chatting:
     def reload(self) -> None:
         self.page.reload()
         self.page.wait_for_selector("html[data-ready]")
+
+    def kept(self, *, page: Page | None = None) -> None:
+        """Waits until the chat that is shown is kept with its last answer, which is after that is read."""
+        self.until(_KEPT, page=page)
 
     def answers(self, text: str = "A cup.") -> None:
         """From now on every question is answered so at once, without the server: for claims about the page alone."""

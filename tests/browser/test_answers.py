@@ -45,11 +45,12 @@ def test_an_answer_tells_its_speed_its_length_and_the_context_it_takes(chat: Cha
 
 
 def test_stop_ends_an_answer_and_frees_its_slot(chat: Chatting, server: Server) -> None:
+    server.wait_for("num_requests_running", 0)
     aborted = server.metric("request_success_total", 'finished_reason="abort"')
     chat.set(max_tokens=800)
     chat.send(LONG)
     chat.page.wait_for_selector(".turn.writing")
-    assert server.metric("num_requests_running") == 1
+    server.wait_for("num_requests_running", 1)
     chat.page.click("#stop")
     text = chat.finished()
     assert chat.turns.locator(".remark").inner_text() == "Stopped."

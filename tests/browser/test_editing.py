@@ -70,6 +70,7 @@ def test_a_refused_edit_loses_no_answer_and_comes_back_also_after_a_reload(
     page.press("#question", "Enter")
     expect(dialogue.turns).to_have_count(2)
     dialogue.finished()
+    dialogue.kept()
     assert dialogue.turns.locator(".question-text").all_inner_texts() == [BEFORE[0], EDIT]
     messages = dialogue.bodies[-1]["messages"]
     assert [message["content"] for message in messages] == [BEFORE[0], f"About {BEFORE[0]}", EDIT]
@@ -94,6 +95,7 @@ def test_an_edit_that_a_reload_cut_before_its_answer_began_comes_back(dialogue: 
     edit(dialogue, EDIT)
     page.wait_for_selector(".wait:has-text('The server is not ready yet')")
     assert dialogue.turns.count() == 2
+    dialogue.until(f"{KEPT_EDITS.strip()}.then(([text]) => text === {EDIT!r})")
     dialogue.reload()
     assert_as_before(dialogue)
     assert page.input_value("#question") == EDIT
@@ -137,6 +139,7 @@ def test_a_draft_is_not_lost_to_an_edit_and_stays_in_the_box_when_it_is_refused(
     page.keyboard.press("Enter")
     assert page.input_value("#question") == BEFORE[1], "a cancelled edit does not come back"
     page.keyboard.press("Escape")
+    dialogue.until(f"{KEPT_EDITS.strip()}.then(([text]) => text === null)")
     dialogue.reload()
     assert page.is_hidden("#editing")
 
@@ -157,6 +160,32 @@ def test_a_question_edited_anew_at_once_does_not_bring_the_cancelled_edit_back(
         }"""
     )
     assert in_the_box == BEFORE[1]
+
+
+def test_a_cancelled_edit_stays_so_where_another_tab_kept_the_chat_with_it(
+    dialogue: Chatting,
+) -> None:
+    page = dialogue.page
+    other = dialogue.another_tab()
+    dialogue.open(other, path=f"/#{page.url.partition('#')[2]}")
+    page.bring_to_front()
+    page.route(QUESTIONS, refuse(400, "No."), times=1)
+    edit(dialogue, EDIT, number=1)
+    page.wait_for_selector(".note:has-text('The server refused this question: No.')")
+    dialogue.until(f"{KEPT_EDITS.strip()}.then(([text]) => text === {EDIT!r})")
+    other.bring_to_front()
+    other.fill("#question", "From the other tab")
+    other.press("#question", "Enter")
+    other.wait_for_selector(".turn:nth-of-type(4) .stats:not(:empty)")
+    dialogue.kept(page=other)
+    page.bring_to_front()
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".turn:nth-of-type(4)")
+    dialogue.until(f"{KEPT_EDITS.strip()}.then(([text]) => text === null)")
+    dialogue.reload()
+    assert page.is_hidden("#editing")
+    assert dialogue.turns.count() == 4
+    assert page.locator(".chat-link").count() == 1
 
 
 def test_an_edit_that_is_refused_in_another_chat_waits_there(dialogue: Chatting) -> None:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from tests.browser.chatting import COFFEE, QUESTIONS, Chatting, answer_of, piece
 from tests.browser.conftest import KEY, Server
@@ -28,6 +28,23 @@ NOTHING_KEPT = """
 IDBFactory.prototype.open = () => { throw new DOMException("", "SecurityError"); };
 for (const name of ["localStorage", "sessionStorage"]) {
   Object.defineProperty(window, name, { get() { throw new DOMException("", "SecurityError"); } });
+}
+"""
+# As on a slow disk, or with many large pictures. `saving`: how many saves have not ended.
+SLOW_SAVES = """
+async () => {
+  const { Store } = await import("./store.js");
+  const save = Store.prototype.save;
+  window.saving = 0;
+  Store.prototype.save = async function (chat) {
+    window.saving += 1;
+    await new Promise((resolve) => setTimeout(resolve, 700));
+    try {
+      return await save.call(this, chat);
+    } finally {
+      window.saving -= 1;
+    }
+  };
 }
 """
 HEAR = """
@@ -54,6 +71,7 @@ def test_a_chat_and_its_pictures_are_there_after_a_reload(short: Chatting) -> No
     short.choose(COFFEE)
     answer = short.ask("What is this?")
     stats = short.turns.locator(".stats").inner_text()
+    short.kept()
     short.reload()
     assert short.turns.locator(".answer-text").inner_text() == answer
     assert short.turns.locator(".stats").inner_text() == stats
@@ -95,7 +113,7 @@ def test_chats_are_opened_renamed_and_deleted_with_their_pictures(short: Chattin
     page.click("#new-chat")
     assert page.is_visible("#welcome")
     short.ask("What is a saucer?")
-    assert listed(short) == ["What is a saucer?", "What is this?"]
+    expect(page.locator(".chat-link")).to_have_text(["What is a saucer?", "What is this?"])
     page.get_by_role("button", name="What is this?", exact=True).click()
     page.wait_for_selector(".shown img")
     page.locator(".chat-item", has_text="What is this?").hover()
@@ -103,7 +121,7 @@ def test_chats_are_opened_renamed_and_deleted_with_their_pictures(short: Chattin
     page.fill("#rename-value", "<b>Coffee</b>")
     page.press("#rename-value", "Enter")
     page.wait_for_selector("h1:has-text('<b>Coffee</b>')")
-    assert sorted(listed(short)) == ["<b>Coffee</b>", "What is a saucer?"]
+    expect(page.locator(".chat-link")).to_have_text(["What is a saucer?", "<b>Coffee</b>"])
     assert page.evaluate(PICTURES_KEPT) == 1
     page.get_by_role("button", name="Delete “<b>Coffee</b>”").click()
     page.get_by_role("button", name="Delete", exact=True).click()
@@ -193,12 +211,45 @@ def test_two_tabs_that_write_one_chat_lose_nothing(short: Chatting) -> None:
     one.bring_to_front()
     short.ask("From this tab")
     one.wait_for_selector("h1:has-text('What is a cup? (copy)')")
+    short.kept()
     short.reload()
     assert sorted(listed(short)) == ["What is a cup?", "What is a cup? (copy)"]
     assert "From this tab" in short.turns.nth(1).inner_text()
     one.get_by_role("button", name="What is a cup?", exact=True).click()
     one.wait_for_selector("h1:text-is('What is a cup?')")
     assert "From the other tab" in short.turns.nth(1).inner_text()
+
+
+def test_a_chat_that_is_opened_before_it_was_kept_goes_on_as_it_is(short: Chatting) -> None:
+    page = short.page
+    short.page.evaluate(SLOW_SAVES)
+    short.ask("What is a cup?")
+    page.click("#new-chat")
+    page.locator(".chat-link").click()
+    page.wait_for_selector(".turn")
+    assert short.ask("What is a saucer?") == "A cup."
+    short.kept()
+    assert page.locator(".chat-link").all_inner_texts() == ["What is a cup?"]
+    assert page.is_hidden(".note")
+    assert short.turns.locator(".answer-text").all_inner_texts() == ["A cup.", "A cup."]
+
+
+@pytest.mark.parametrize("button", [".delete-chat", "#delete-all"])
+def test_a_chat_that_is_deleted_before_it_was_kept_does_not_come_back(
+    short: Chatting, button: str
+) -> None:
+    page = short.page
+    short.page.evaluate(SLOW_SAVES)
+    short.ask("What is a cup?")
+    page.locator(".chat-item").hover()
+    page.click(button)
+    page.locator("#confirm-yes").click()
+    page.wait_for_selector("#welcome")
+    short.until("window.saving === 0")
+    page.wait_for_selector("#no-chats", state="visible")
+    short.reload()
+    assert listed(short) == []
+    assert page.evaluate(PICTURES_KEPT) == 0
 
 
 def test_a_tab_shows_what_another_tab_changed_and_deleted(short: Chatting) -> None:

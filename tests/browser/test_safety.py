@@ -29,6 +29,7 @@ def test_text_of_models_people_and_files_never_becomes_html(chat: Chatting) -> N
     )
     chat.choose({"name": f"{EVIL}.png", "mimeType": "image/png", "buffer": png()})
     chat.ask(EVIL)
+    chat.kept()
     chat.reload()
     assert chat.turns.locator(".answer-text").inner_text() == EVIL
     assert chat.turns.locator(".question-text").inner_text() == EVIL

@@ -133,7 +133,7 @@ def test_a_client_that_leaves_while_its_pictures_are_read_ends_their_reading(
         assert not ended.is_set()
         connection.shutdown(socket.SHUT_RDWR)
     wait_until(ended.is_set)
-    assert tiny_server.idle
+    wait_until(lambda: tiny_server.idle)
 
 
 def test_a_whole_answer_is_put_together_on_a_thread(

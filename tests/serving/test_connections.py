@@ -109,7 +109,7 @@ def test_a_client_that_reads_nothing_and_asks_again_is_cut_off_and_its_request_e
 def test_a_body_that_nobody_asked_for_is_dropped_and_the_connection_with_it(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "LINGER_S", 0.2)
+    monkeypatch.setattr(connections, "LINGER_S", 1.0)
     with serving(App(5)) as (client, num_connections):
         client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n")
         found = b""

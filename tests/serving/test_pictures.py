@@ -252,7 +252,8 @@ def test_a_client_that_leaves_does_not_keep_a_stuck_thread_for_ever() -> None:
         assert len(await made.read(sources(data_url(PNG)))) == 1
         return gate.inside
 
-    inside, _ = with_gate(PicturesConfig(num_threads=1, decode_timeout_s=0.2), act)
+    config = PicturesConfig(num_threads=1, decode_timeout_s=1.0)  # in which a thread begins
+    inside, _ = with_gate(config, act)
     assert inside == 1
 
 

@@ -357,4 +357,5 @@ app.start();
 const wanted = /^#chat=([0-9a-f]{32})$/.exec(location.hash)?.[1];
 const kept = wanted ? await app.history.store.load(wanted) : null;
 app.show(kept ?? newChat());
+await app.library.list();
 document.documentElement.dataset.ready = "yes";

@@ -74,7 +74,10 @@ export class Editing {
     this.end();
     app.composer.focus();
     await app.library.changedElsewhere(chat.id);
-    if (hadNoAnswer && app.chat === chat) await app.keep(chat);
+    if (!hadNoAnswer || app.chat !== chat) return;
+    // What another tab kept meanwhile has the edit still.
+    if (chat.edit?.turn === turn.id && !app.runs.of(chat)) chat.edit = null;
+    await app.keep(chat);
   }
 
   /** Shows the chat's edit to which no answer began, if there is one. A draft in the box is not pushed out of it. */

@@ -3,7 +3,7 @@
 
 import { newChat } from "./chat.js";
 import { askForTitle, confirm } from "./dialogs.js";
-import { announce, clearNote, note } from "./dom.js";
+import { announce, byId, clearNote, note } from "./dom.js";
 import { showChats } from "./sidebar.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
@@ -42,7 +42,9 @@ export class Library {
   async find(id) {
     if (id === this.app.chat.id) return this.app.chat;
     const running = [...this.app.runs.running].find(({ chat }) => chat.id === id);
-    return running?.chat ?? (await this.store.load(id));
+    if (running) return running.chat;
+    await this.app.history.last; // an answer may be over, and the chat not kept yet
+    return this.store.load(id);
   }
 
   /** @param {string} id */
@@ -70,9 +72,12 @@ export class Library {
     const text = `“${chat.title}” and its pictures are gone then; nobody else has them.`;
     if (!(await confirm({ title: "Delete this chat?", text, yes: "Delete" }))) return;
     await this.app.runs.end(chat);
+    await this.app.history.last; // a save that comes behind would bring a copy back
     await this.store.remove(chat.id);
     if (chat.id === this.app.chat.id) this.begin();
     else await this.list();
+    // The button that opened the dialog is gone with its chat.
+    if (document.activeElement === document.body) byId("new-chat").focus();
     announce("Chat deleted");
   }
 
@@ -80,6 +85,7 @@ export class Library {
     const text = "All chats of this browser and their pictures are gone then; nobody else has them.";
     if (!(await confirm({ title: "Delete all chats?", text, yes: "Delete all" }))) return;
     await this.app.runs.end();
+    await this.app.history.last; // a save that comes behind would bring a copy back
     await this.store.clear();
     this.begin();
     announce("All chats deleted");

@@ -19,6 +19,11 @@ def refusing(chat: Chatting) -> Chatting:
     return chat
 
 
+def announced(beginning: str) -> str:
+    """JavaScript: whether screen readers were last told a sentence that begins so."""
+    return f"document.querySelector('#announcer').textContent.startsWith({beginning!r})"
+
+
 def test_a_busy_server_counts_down_and_then_lets_try_again(refusing: Chatting) -> None:
     page = refusing.page
     busy = refuse(429, "64 requests wait already.", **{"Retry-After": "2"})
@@ -49,6 +54,7 @@ def test_waiting_for_a_server_can_be_stopped(refusing: Chatting) -> None:
     page.route("**/ready", lambda route: route.fulfill(status=503, json={}))
     refusing.send("What is a cup?")
     page.wait_for_selector(".wait:has-text('The server is not ready yet')")
+    refusing.until(announced("The server is not ready yet."))
     page.keyboard.press("Escape")
     refusing.finished()
     assert page.inner_text(".remark") == "Stopped."
@@ -70,9 +76,7 @@ def test_a_refused_request_shows_the_servers_own_words_and_can_be_edited(
     page.wait_for_selector(".trouble:visible")
     assert page.inner_text(".trouble-title") == "The server refused this question"
     assert "temperature is -1" in page.inner_text(".trouble-text")
-    refusing.until(
-        "document.querySelector('#announcer').textContent.startsWith('The server refused this question. ')"
-    )
+    refusing.until(announced("The server refused this question. "))
     page.get_by_role("button", name="Edit the question").click()
     assert page.input_value("#question") == "What is a cup?"
 
@@ -177,6 +181,7 @@ def test_a_question_that_waits_for_a_slot_says_so(chat: Chatting) -> None:
     chat.page.wait_for_selector(
         ".wait:has-text('The server is busy: 3 requests waited for a turn')"
     )
+    chat.until(announced("The server is busy: 3 requests waited for a turn"))
     chat.give(": ping\n\n")
     chat.give(answer_of("A cup."))
     assert chat.finished() == "A cup."

@@ -3,6 +3,7 @@
 
 import { fail, write } from "./answering.js";
 import { newAnswer, place } from "./chat.js";
+import { announce } from "./dom.js";
 
 /** @typedef {import("./chat.js").Chat} Chat */
 /** @typedef {import("./chat.js").Turn} Turn */
@@ -150,6 +151,7 @@ export class Runs {
     if (first) Object.assign(run, { phase, waiting, since: Date.now() });
     if (phase === "text") this.settle(run);
     if (first || phase === "text") this.app.changed(run);
+    if (first && (phase === "starting" || waiting > 0)) announce(waitText(run, { beams: 1 }));
   }
 }
 

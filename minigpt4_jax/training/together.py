@@ -50,6 +50,8 @@ FAREWELL = "minigpt4_jax/farewell"
 LISTEN_S = 0.5
 GRACE_S = 2.0
 """Between another process's farewell and the end of this one, which may have something to say itself."""
+BUSY_S = 3.0
+"""How much longer the others may take for that on a busy host before process 0 ends, and JAX them with it."""
 LOST = re.compile(
     "gloo|nccl|connection (reset|refused|closed)|socket closed|broken pipe|heartbeat|coordination|barrier|"
     "unavailable|deadline_exceeded|remote process",
@@ -189,7 +191,7 @@ class _Others:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or is gone
             self._client.key_value_set(FAREWELL, f"{self._me} ended with {code}: {self._said}")
         if is_first_process():  # JAX ends the others as soon as this one is gone
-            time.sleep(GRACE_S + 1)
+            time.sleep(LISTEN_S + GRACE_S + BUSY_S)
         _end(code)
 
     def close(self) -> None:

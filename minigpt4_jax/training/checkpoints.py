@@ -47,6 +47,8 @@ LAST_SAVE_S = 10.0
 """That a save on its way gets when an error ends one of several processes: without the lost one it cannot end."""
 LEFTOVERS_S = 5.0
 """That removing what a failed save left may take; whatever refuses longer is tried again before the next save."""
+QUIET_LOOKS = 10
+"""Looks, 0.05 s apart, at which what a failed save left must be gone: its threads may hear of the failure late."""
 _T = TypeVar("_T")
 
 
@@ -306,11 +308,11 @@ class TrainCheckpoints:
         """Removes what failed saves left. For when no save is on its way.
 
         Orbax reports the first file that failed while others of the same save are still being written, which fills a
-        folder again that is being removed. So it is looked at until it was gone twice in a row; what comes later still
-        goes before the next save.
+        folder again that is being removed. So it is looked at until it was gone `QUIET_LOOKS` times in a row; what
+        comes later still goes before the next save.
         """
         gone, end_s = 0, time.monotonic() + LEFTOVERS_S
-        while gone < 2 and time.monotonic() < end_s:
+        while gone < QUIET_LOOKS and time.monotonic() < end_s:
             left = list(self._folder.glob("*.orbax-checkpoint-tmp*"))
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -58,5 +58,7 @@ def counted_compiles() -> Iterator[list[str]]:
             seen.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

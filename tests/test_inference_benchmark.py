@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,9 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(monkeypatch: pytest.Mon
     assert second not in dict(parts.measure_rows(gpu.ROWS, [second], None, budget_s=100))
 
 
-def test_rows_come_from_processes_and_stay_when_the_time_ends(tmp_path: Path) -> None:
+def test_rows_come_from_processes_and_stay_when_the_time_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "child.py"
     script.write_text(
         "import os, time\n"
@@ -123,8 +127,17 @@ def test_rows_come_from_processes_and_stay_when_the_time_ends(tmp_path: Path) ->
         "print('ROW late {}')\n"
     )
     environment = {**os.environ, "XLA_FLAGS": "--some"}
-    found = list(parts.child_rows([sys.executable, str(script)], environment, limit_s=3))
-    assert found == [("a", {"ms": 1}), ("flags", {"of": "--some"})]
+    alarms: list[Callable[[], None]] = []
+
+    class Alarm(threading.Timer):
+        def start(self) -> None:
+            alarms.append(self.function)
+
+    monkeypatch.setattr(parts.threading, "Timer", Alarm)
+    rows = parts.child_rows([sys.executable, str(script)], environment, limit_s=60)
+    assert [next(rows), next(rows)] == [("a", {"ms": 1}), ("flags", {"of": "--some"})]
+    alarms[0]()
+    assert list(rows) == []
 
 
 def test_rows_are_picked_in_the_order_of_their_value() -> None:

@@ -370,7 +370,7 @@ def test_one_command_measures_the_share_and_the_load_of_a_real_server(
         "PYTHONPATH": str(FOLDER.parent),
         "MINIGPT4_CACHE": str(tmp_path / "cache"),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert list(found["rows"]) == ["share_streamed", "share_whole", "load_20"]

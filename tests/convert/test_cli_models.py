@@ -350,7 +350,7 @@ def test_a_killed_conversion_leaves_nothing_that_passes_for_whole(files: Files, 
         model.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         cli.main({command!r})
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     assert out.with_name(".model.partial").exists()

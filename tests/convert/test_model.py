@@ -270,7 +270,7 @@ def test_memory_holds_two_files_of_weights_and_no_more(
             number = len(most)
             alive[number] = file_of(step.path)
             weakref.finalize(value, alive.pop, number)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             # The thread that wrote a file lets go of it a moment behind its last word.
             while written & set(alive.values()) and time.monotonic() < end:
                 time.sleep(0.001)

@@ -101,7 +101,7 @@ def test_a_window_is_read_once_by_however_many_threads() -> None:
 
 
 def test_threads_that_need_the_same_window_read_it_side_by_side() -> None:
-    together = threading.Barrier(4, timeout=10)
+    together = threading.Barrier(4, timeout=60)
 
     def meeting(position: int) -> Words:
         if position % 3 == 0:  # the first of each batch's worth: four of them are under way at once
@@ -125,4 +125,4 @@ def test_what_goes_wrong_in_one_thread_is_raised_in_all_that_wait() -> None:
         asked = [pool.submit(of.batch, number) for number in (0, 1, 2, 3)]
         for batch in asked:
             with pytest.raises(UserError, match="sample 7"):
-                batch.result(timeout=10)
+                batch.result(timeout=60)

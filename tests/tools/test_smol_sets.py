@@ -214,7 +214,7 @@ def test_colours_are_said_as_far_as_they_stand_out(
 
 def test_the_command_of_the_documents_is_there() -> None:
     done = subprocess.run(
-        [sys.executable, "tools/smol_sets", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "tools/smol_sets", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for option in ("--downloads", "--out", "--heldout"):

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 DEVICES = 2
 """Of each process."""
 HEARTBEAT_S = 10
-STUCK_S = 120.0
+STUCK_S = 600.0
 """A run that takes longer hangs."""
 
 
@@ -74,6 +74,7 @@ class Run:
     processes: list[subprocess.Popen[bytes]]
     logs: list[Path]
     workdir: Path
+    port: socket.socket = dataclasses.field(default_factory=lambda: hold_port())
 
     def __enter__(self) -> Run:
         return self
@@ -82,6 +83,7 @@ class Run:
         for process in self.processes:
             process.kill()
             process.wait()
+        self.port.close()
 
     def said(self, number: int) -> str:
         """Everything that a process printed so far."""
@@ -134,13 +136,12 @@ def start(
         programs: a folder for compiled programs; shared, every run after the first compiles nothing.
         besides: overrides for a process alone, by its number.
     """
-    port = free_port()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     attempt = len(list(workdir.parent.glob(f"{workdir.name}.*.0.log")))
     run = Run([], [], workdir)
     for number in range(count) if only is None else [only]:
         together = [
-            f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}",
+            f"distributed.coordinator=127.0.0.1:{run.port.getsockname()[1]}", f"distributed.num_processes={count}",
             f"distributed.process_id={number}", f"distributed.heartbeat_s={HEARTBEAT_S}",
         ]  # fmt: skip
         run.logs.append(workdir.parent / f"{workdir.name}.{attempt}.{number}.log")
@@ -178,12 +179,12 @@ def environment(programs: Path) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
+def hold_port() -> socket.socket:
+    """A port for the coordinator: bound and not listening it is nobody else's, and gRPC may bind it beside us."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def last_step(workdir: Path) -> int:

@@ -106,7 +106,7 @@ def test_a_half_written_step_is_never_restored(tmp_path: Path) -> None:
         checkpoints.save(2, {{"x": jnp.ones(4)}}, data_state={{}}, meta={{}})
         checkpoints.wait_until_finished()
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     left = [entry.name for entry in (tmp_path / "checkpoints").iterdir()]
     assert any(name.startswith("2.") for name in left), left
@@ -280,7 +280,7 @@ def test_checksums_are_there_as_soon_as_the_step_is(tmp_path: Path) -> None:
         checkpoints.save(2, {{"x": jnp.ones(4)}}, data_state={{}}, meta={{}})
         checkpoints.wait_until_finished()
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "1" / "checksums.json").exists()
     assert not (tmp_path / "checkpoints" / "2").exists()

@@ -98,7 +98,9 @@ def read_events(workdir: Path) -> list[Any]:
     from tensorboardX.proto.event_pb2 import Event
 
     events = []
-    for file in sorted((workdir / EVENTS).iterdir(), key=lambda file: file.stat().st_mtime_ns):
+    for file in sorted(
+        (workdir / EVENTS).iterdir(), key=lambda file: (file.stat().st_mtime_ns, file.name)
+    ):
         content = file.read_bytes()
         while content:
             (size,) = struct.unpack("<Q", content[:8])

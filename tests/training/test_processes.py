@@ -17,7 +17,7 @@ from minigpt4_jax.training.metrics import read_metrics
 from tests.planted import END, samples
 from tests.training.processes import Run, losses, projections, saved_steps, start, write_inputs
 
-STEPS = 40
+STEPS = 70
 SAME = 1e-5
 """Relative difference of losses on another number of devices: the sums over a batch are taken in another order."""
 
@@ -92,9 +92,8 @@ def test_after_kill_9_of_one_the_other_ends_and_the_restarted_run_is_the_same_bi
     inputs: Inputs, whole: Path, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
-    with inputs.start(workdir) as run:
-        run.wait_for_step(14)
-        run.wait_until(lambda: bool(saved_steps(workdir)), what="a checkpoint")  # of step 10
+    with inputs.start(workdir, "save_every=5") as run:
+        run.wait_until(lambda: bool(saved_steps(workdir)), what="a checkpoint")
         run.signal(1, signal.SIGKILL)
         survivor, killed = run.codes()
         assert killed == -signal.SIGKILL
@@ -102,7 +101,7 @@ def test_after_kill_9_of_one_the_other_ends_and_the_restarted_run_is_the_same_bi
         assert survivor in (PEER_LOST, -signal.SIGABRT), run.everything()
         assert re.search("Another process of the run died|another task died", run.said(0))
     assert max(losses(workdir)) < STEPS
-    assert saved_steps(workdir)[-1] >= 10
+    assert saved_steps(workdir)[-1] >= 5
     with inputs.start(workdir) as run:
         assert run.codes() == [0, 0], run.everything()
     assert losses(workdir) == losses(whole)
@@ -127,7 +126,7 @@ def test_a_signal_to_one_stops_both_after_one_step_and_any_number_of_processes_g
     assert losses(workdir).items() <= losses(whole).items()
 
     with inputs.start(workdir, count=1) as run:  # one process, and half as many devices
-        run.wait_for_step(step + 4)
+        run.wait_for_step(step + 1)
         run.signal(0, signal.SIGTERM)
         assert run.codes() == [PREEMPTED], run.everything()
     assert step < saved_steps(workdir)[-1] < STEPS

@@ -26,6 +26,13 @@ from minigpt4_jax.training.saving import Saver
 from minigpt4_jax.training.state import TrainState, init_state
 from minigpt4_jax.training.together import Agreement
 
+# 2026-11: orbax-checkpoint 0.12.8 closes its event loop while other arrays' writes are still failing; TensorStore then
+# reports "Event loop is closed" to nobody, and pytest makes a warning of that, at times in the
+# next test.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
 
 class Clock:
     """Seconds that pass when told to."""
@@ -163,12 +170,6 @@ def test_a_state_that_a_broken_step_left_is_not_saved(tmp_path: Path) -> None:
 
 # --- a disk that refuses ---
 
-# 2026-11: orbax-checkpoint 0.12.8 closes its event loop while other arrays' writes are still failing; TensorStore then
-# reports "Event loop is closed" to nobody, and pytest makes a warning of that.
-refused_writes = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
-
 
 @contextlib.contextmanager
 def refusing_disk() -> Iterator[None]:
@@ -181,7 +182,6 @@ def refusing_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@refused_writes
 def test_a_failed_save_costs_only_itself_and_is_tried_again_after_a_while(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +215,6 @@ def test_a_failed_save_costs_only_itself_and_is_tried_again_after_a_while(
     )
 
 
-@refused_writes
 def test_beside_others_a_failure_that_is_found_at_the_next_save_counts_once_and_waits_its_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +236,6 @@ def test_beside_others_a_failure_that_is_found_at_the_next_save_counts_once_and_
     assert run.names() == ["14"]
 
 
-@refused_writes
 def test_too_many_failed_saves_in_a_row_stop_the_run_with_the_last_good_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +263,6 @@ def test_too_many_failed_saves_in_a_row_stop_the_run_with_the_last_good_step(
     run.checkpoints.close()
 
 
-@refused_writes
 def test_a_last_save_that_fails_is_an_error_with_the_reason(tmp_path: Path) -> None:
     run = Run(tmp_path, save_every=3)
     run.take(3)

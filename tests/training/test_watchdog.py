@@ -14,6 +14,7 @@ from minigpt4_jax.training import watchdog as module
 from minigpt4_jax.training.watchdog import Watchdog
 
 SILENCE = r"(?:No step has|Since step \d+ none has) finished for (\d+) s"
+LONGEST_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +23,19 @@ def one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for(path: Path, count: int) -> str:
-    """The file, once so many reports are in it; the test's own time limit ends a wait in vain."""
+    """The file, once so many reports are in it."""
+    end = time.monotonic() + LONGEST_S
     while len(re.findall(SILENCE, text := path.read_text())) < count:
+        assert time.monotonic() < end, f"no {count} reports in {LONGEST_S} s:\n{text}"
         time.sleep(0.01)
     return text
 
 
 def stuck_here(release: threading.Event) -> None:
     release.wait()
+
+
+HERE = "test_a_step_that_does_not_finish_prints_every_thread_with_the_step"
 
 
 def test_a_step_that_does_not_finish_prints_every_thread_with_the_step(tmp_path: Path) -> None:
@@ -39,9 +45,11 @@ def test_a_step_that_does_not_finish_prints_every_thread_with_the_step(tmp_path:
     path = tmp_path / "log"
     with path.open("w") as file, Watchdog(0.05, file=file) as watchdog:
         watchdog.beat(7)
-        text = wait_for(path, 1)
-        while "in stuck_here" not in text or "in wait_for" not in text:
-            text = path.read_text()
+        text, count = "", 0
+        # The first report may be read before its last line is written.
+        while "in stuck_here" not in text or f"in {HERE}" not in text:
+            count += 1
+            text = wait_for(path, count)
     release.set()
     other.join()
     assert "Since step 7 none has finished for" in text

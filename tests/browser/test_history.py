@@ -169,6 +169,28 @@ def test_a_chat_deleted_from_the_keyboard_leaves_the_focus_in_the_list(short: Ch
     assert page.evaluate("document.activeElement.id") == "new-chat"
 
 
+def test_a_deletion_leaves_the_focus_in_the_list_that_another_tab_changed_meanwhile(
+    short: Chatting,
+) -> None:
+    page = short.page
+    short.ask("What is a cup?")
+    page.click("#new-chat")
+    short.ask("What is a saucer?")
+    other = short.another_tab()
+    short.open(other)
+    page.bring_to_front()
+    page.get_by_role("button", name="Delete “What is a cup?”").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#confirm[open]")
+    other.fill("#question", "What is a spoon?")
+    other.press("#question", "Enter")
+    short.until("document.querySelectorAll('.chat-link').length === 3")
+    page.locator("#confirm-yes").focus()
+    page.keyboard.press("Enter")
+    short.until("document.querySelectorAll('.chat-link').length === 2")
+    short.until("document.activeElement.id === 'new-chat'")
+
+
 def test_the_list_of_chats_is_made_anew_only_when_it_changed(chat: Chatting) -> None:
     made_anew = """async () => {
       const { showChats } = await import("./sidebar.js");
